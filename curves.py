@@ -1,0 +1,85 @@
+"""The learning curves of one run or several: `curves.png` from `metrics.jsonl`.
+
+    python curves.py runs/alfworld-...                    # redraw one run
+    python curves.py runs/a runs/b runs/c --out both.png  # several runs in one picture
+"""
+
+import argparse
+import json
+import os
+
+import matplotlib
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt  # noqa: E402
+
+# Wong's palette: distinct for colour-blind readers; line styles keep it readable in grey.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+STYLES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-"]
+
+
+def read_metrics(folder):
+    with open(os.path.join(folder, "metrics.jsonl")) as file:
+        return [json.loads(line) for line in file]
+
+
+def smooth(values, width=5):
+    """Running mean over the last `width` points."""
+    return [sum(values[max(0, i - width + 1):i + 1]) / len(values[max(0, i - width + 1):i + 1]) for i in range(len(values))]
+
+
+def draw(folders, out, names=None):
+    """Four panels: success (training, and evaluation with intervals), flaws, classifier accuracy, KL and entropy."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), constrained_layout=True)
+    panels = [
+        ("success", [("success", "training games")]),
+        ("flawed actions, share of steps", [("inadmissible", "inadmissible"), ("repeated", "repeated"),
+                                            ("no_effect", "without effect"), ("malformed", "malformed")]),
+        ("classifier: accuracy per class", [("accuracy_good", "generative, good"), ("accuracy_bad", "generative, bad"),
+                                            ("accuracy_value_good", "value head, good"),
+                                            ("accuracy_value_bad", "value head, bad")]),
+        ("policy", [("entropy", "entropy per token (nats)"), ("kl", "KL to the reference"),
+                    ("clip_fraction", "clip fraction")]),
+    ]
+    for axis, (title, lines) in zip(axes.flat, panels):
+        k = 0
+        for r, folder in enumerate(folders):
+            rows = read_metrics(folder)
+            prefix = "" if len(folders) == 1 else f"{(names or folders)[r]}: "
+            for key, label in lines:
+                points = [(row["iteration"], row[key]) for row in rows if key in row]
+                if points:
+                    xs, ys = zip(*points)
+                    axis.plot(xs, ys, color=COLORS[k % 7], alpha=0.25, linewidth=0.8)
+                    axis.plot(xs, smooth(ys), color=COLORS[k % 7], linestyle=STYLES[k % 7], label=prefix + label)
+                    k += 1
+            if title == "success":
+                for split in ("valid_unseen", "valid_seen"):
+                    marks = [(row["iteration"], row[f"eval_{split}"]) for row in rows if f"eval_{split}" in row]
+                    if marks:
+                        xs, ys = [x for x, _ in marks], [m["success"] for _, m in marks]
+                        error = [[m["success"] - m["low"] for _, m in marks], [m["high"] - m["success"] for _, m in marks]]
+                        axis.errorbar(xs, ys, error, fmt="os"[split == "valid_seen"], capsize=4, color=COLORS[(k + 1) % 7],
+                                      label=f"{prefix}{split}, 95% interval", markersize=5)
+                        k += 1
+        axis.set(title=title, xlabel="iteration")
+        axis.set_ylim(bottom=0)
+        if title == "success":
+            axis.set_ylim(0, 1)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+        else:
+            axis.text(0.5, 0.5, "no classifier in this run", ha="center", transform=axis.transAxes)
+    partial = out + ".partial.png"
+    figure.savefig(partial, dpi=110)
+    plt.close(figure)
+    os.replace(partial, out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Draw the learning curves of runs.")
+    parser.add_argument("runs", nargs="+", help="folders with metrics.jsonl")
+    parser.add_argument("--names", nargs="+", help="what to call them")
+    parser.add_argument("--out", help="picture to write (default: curves.png in the first run)")
+    args = parser.parse_args()
+    draw(args.runs, args.out or os.path.join(args.runs[0], "curves.png"), args.names)

@@ -1,0 +1,291 @@
+"""GRPO with the good/bad classifier (GCD) on text games, the whole loop.
+
+    python train.py --env alfworld                                    # laptop, no GPU, no data: some 15 minutes
+    python train.py --env alfworld --classifier none                  # GRPO alone, the baseline
+    python train.py --env alfworld --games official                   # ALFWorld's own games (set ALFWORLD_DATA)
+    python train.py --env alfworld --model Qwen/Qwen2.5-1.5B-Instruct --cold-start none --lr 1e-6
+    python train.py --resume runs/alfworld-...                        # go on where a killed run stopped
+
+One iteration: play `--tasks` games `--group-size` times each with the current policy; advantages within each group;
+labels good/bad for single steps; `--updates` optimizer steps on L = L_GRPO + lambda * L_cls; log. The engine samples
+from the very weights that are trained, so there is nothing to synchronise here.
+
+Departures from the paper: a tiny policy by default (see cold_start.py), and what the paper leaves open (labels, class
+balance, normalisation) is spelled out in classifier_loss.py and grpo.py.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+
+import torch
+
+import envs
+from classifier_loss import BAD, GOOD
+from cold_start import QUESTION, load_policy, make_cold_start, save_policy
+from curves import draw
+from evaluate import evaluate, make_chat, table
+from rollout import TorchEngine, flaw_rates, play
+from update import advantages_of, make_batch, reference_logprobs, update
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="GRPO with the good/bad classifier on text games.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    # what is played
+    flag("--env", default="alfworld", choices=["alfworld"], help="which text game")
+    flag("--games", default="auto", choices=["auto", "official", "generated"], help="auto: official where their data is found")
+    flag("--task-types", type=int, nargs="+", help="train on these ALFWorld task types only (1-6)")
+    flag("--max-steps", type=int, help="steps per episode (default 20 on generated games, 50 on official ones)")
+    # who plays
+    flag("--model", default="tiny", help="`tiny`, or any Hugging Face folder or hub name")
+    flag("--cold-start", default="auto", choices=["auto", "train", "none"],
+         help="for --model tiny. auto: the policy in policies/tiny; train: train one now (cached); none: random weights")
+    flag("--cold-start-episodes", type=int, default=3000, help="expert games for --cold-start train")
+    flag("--engine", default="auto", choices=["auto", "torch"], help="who samples")
+    flag("--temperature", type=float, default=1.0, help="of sampling; the trainer scores with the same")
+    flag("--max-new-tokens", type=int, help="per answer (default 24 for our tiny policy, 512 for others)")
+    flag("--max-context", type=int, default=2048, help="an episode that would grow longer ends there")
+    # how it learns
+    flag("--iterations", type=int, default=60, help="rounds of playing and updating")
+    flag("--tasks", type=int, default=16, help="games per iteration")
+    flag("--group-size", type=int, default=8, help="episodes per game (G)")
+    flag("--updates", type=int, default=2, help="optimizer steps per iteration, each on its share of the groups")
+    flag("--lr", type=float, default=1e-4, help="learning rate of AdamW")
+    flag("--clip", type=float, default=0.2, help="clip range of the ratio")
+    flag("--kl-coef", type=float, default=0.01, help="weight of the KL to the starting policy; 0 saves its forward pass")
+    flag("--advantage", default="std", choices=["std", "mean"], help="divide by the group's std, or only subtract its mean")
+    flag("--weighting", default="token", choices=["token", "step", "episode"], help="what counts equally in the loss")
+    flag("--max-norm", type=float, default=1.0, help="gradient clipping")
+    flag("--micro-tokens", type=int, default=8192, help="padded tokens per forward pass: memory, never the objective")
+    # the classifier
+    flag("--classifier", default="value", choices=["none", "generative", "value", "both"], help="L_cls")
+    flag("--classifier-coef", type=float, default=0.1, help="lambda")
+    flag("--labels", default="rules", choices=["rules", "outcome"], help="which steps are good and which bad")
+    flag("--questions", type=int, default=3, help="steps per episode that the generative classifier is asked about")
+    # the run
+    flag("--eval-games", type=int, default=200, help="games of valid_unseen (and valid_seen) before and after; 0: none")
+    flag("--save-every", type=int, default=10, help="iterations between checkpoints")
+    flag("--workers", type=int, default=os.cpu_count(), help="environment processes")
+    flag("--device", default="auto", help="auto, cpu, cuda, ...")
+    flag("--seed", type=int, default=0, help="of games, sampling and shuffling")
+    flag("--out", help="folder for everything the run writes (default runs/ENV-CLASSIFIER-seedN-TIME)")
+    flag("--resume", metavar="RUN", help="go on with the run in this folder; its own config.json counts")
+    args = parser.parse_args()
+    if args.resume:
+        try:
+            with open(os.path.join(args.resume, "config.json")) as file:
+                args = argparse.Namespace(**{**json.load(file), "resume": args.resume, "out": args.resume})
+        except (OSError, ValueError):
+            parser.error(f"--resume {args.resume}: no config.json of a run in there")
+    for name in ("iterations", "tasks", "group_size", "updates", "micro_tokens", "workers", "save_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.group_size < 2:
+        parser.error("--group-size must be at least 2: an advantage compares episodes of one game")
+    if args.updates > args.tasks:
+        parser.error(f"--updates {args.updates} leaves no whole group for each: at most --tasks {args.tasks}")
+    if args.temperature <= 0:
+        parser.error("--temperature must be positive in training: greedy episodes of a group are all the same")
+    return args
+
+
+def setup(args):
+    """Resolve what is automatic, say so, and build everything. Returns the pieces in a dictionary."""
+    args.games = envs.choose_games(args.games)
+    args.max_steps = args.max_steps or (20 if args.games == "generated" else 50)
+    args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    args.engine = "torch" if args.engine == "auto" else args.engine
+    args.out = args.out or f"runs/{args.env}-{args.classifier}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    games = envs.list_games(args.env, "train", args.games, args.task_types)
+    print(f"games   {args.games}, {len(games):,} for training, at most {args.max_steps} steps   (--games, --max-steps)")
+    pool = envs.EnvPool(args.workers)
+    folder = args.model if args.model != "tiny" else make_cold_start(args, games, pool)
+    print(f"model   {folder}   (--model, --cold-start)")
+    print(f"engine  {args.engine} on {args.device}, {torch.get_num_threads()} threads   (--engine, --device)")
+    print(f"loss    GRPO + {args.classifier_coef} * {args.classifier} classifier, labels by {args.labels}   (--classifier, "
+          "--classifier-coef, --labels)" if args.classifier != "none" else "loss    GRPO alone   (--classifier)")
+    print(f"output  {args.out}   (--out)", flush=True)
+    model, tokenizer = load_policy(folder, args.device)
+    chat, ours = make_chat(tokenizer, args.env, folder)
+    args.max_new_tokens = args.max_new_tokens or (24 if ours else 512)
+    torch.manual_seed(args.seed)
+    value_head = torch.nn.Linear(model.config.hidden_size, 1).to(args.device) if args.classifier in ("value", "both") else None
+    parameters = list(model.parameters()) + (list(value_head.parameters()) if value_head else [])
+    question = None
+    if args.classifier in ("generative", "both"):
+        encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+        question = (chat.next_prompt(QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
+    reference = load_policy(folder, args.device)[0].requires_grad_(False) if args.kl_coef > 0 else None
+    return dict(games=games, pool=pool, model=model, tokenizer=tokenizer, chat=chat, value_head=value_head,
+                reference=reference, question=question, folder=folder,
+                engine=TorchEngine(model, chat.eos, args.temperature, args.max_new_tokens),
+                optimizer=torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0))
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(args, run, iteration):
+    """`checkpoint-000010/`: a Hugging Face folder plus what a resumed run needs. It appears complete or not at all."""
+    folder = os.path.join(args.out, f"checkpoint-{iteration:06d}")
+    partial = folder + ".partial"
+    save_policy(partial, run["model"], run["tokenizer"], iteration=iteration, started_from=run["folder"])
+    torch.save({"iteration": iteration, "optimizer": run["optimizer"].state_dict(),
+                "value_head": run["value_head"] and run["value_head"].state_dict()}, os.path.join(partial, "trainer.pt"))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    for old in checkpoints(args.out)[:-2]:
+        shutil.rmtree(os.path.join(args.out, old))
+    return folder
+
+
+def checkpoints(out):
+    names = [n for n in os.listdir(out) if n.startswith("checkpoint-") and not n.endswith(".partial")]
+    return sorted(names) if os.path.isdir(out) else []
+
+
+def resume(args, run):
+    """Load the newest checkpoint into `run`; returns the number of iterations done.
+
+    Nothing random is stored: games, sampling and shuffling of an iteration are seeded by (seed, iteration).
+    """
+    found = checkpoints(args.out)
+    if not found:
+        return 0  # killed before the first checkpoint: begin again, with the same numbers
+    folder = os.path.join(args.out, found[-1])
+    run["model"].load_state_dict(load_policy(folder)[0].state_dict())
+    trainer = torch.load(os.path.join(folder, "trainer.pt"), map_location=args.device, weights_only=True)
+    run["optimizer"].load_state_dict(trainer["optimizer"])
+    if run["value_head"]:
+        run["value_head"].load_state_dict(trainer["value_head"])
+    path = os.path.join(args.out, "metrics.jsonl")
+    with open(path) as file:  # lines written after the checkpoint will be written again
+        kept = [line for line in file if line.endswith("\n") and json.loads(line)["iteration"] <= trainer["iteration"]]
+    with open(path + ".partial", "w") as file:
+        file.writelines(kept)
+    os.replace(path + ".partial", path)
+    return trainer["iteration"]
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+def main():
+    args = parse_arguments()
+    try:
+        run = setup(args)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"train.py: {error}")
+    try:
+        os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+        done = resume(args, run) if args.resume else 0
+        with open(os.path.join(args.out, "config.json"), "w") as file:
+            json.dump({k: v for k, v in vars(args).items() if k != "resume"}, file, indent=1)
+    except OSError as error:
+        sys.exit(f"train.py: cannot write to --out {args.out}: {error.strerror}")
+    with run["pool"]:
+        train(args, run, done)
+
+
+def train(args, run, done):
+    from torch.utils.tensorboard import SummaryWriter
+    board = SummaryWriter(args.out, purge_step=done + 1)
+    model, optimizer, value_head = run["model"], run["optimizer"], run["value_head"]
+    begin = time.time()
+    if done == 0:
+        log(args, board, 0, evaluation(args, run, ["valid_unseen"], 0))
+
+    for iteration in range(done + 1, args.iterations + 1):
+        seed = args.seed * 1_000_003 + iteration
+        clock = time.perf_counter()
+
+        # 1. Rollout: whole groups of episodes, one game each.
+        games = envs.sample_games(run["games"], args.tasks, seed)
+        episodes, report = play(run["engine"], run["pool"], run["chat"], games, args.group_size, args.max_steps,
+                                args.max_context, seed)
+        if not episodes:
+            sys.exit(f"train.py: none of the games can be played: {report['bad_games'][0]}")
+        played = time.perf_counter()
+
+        # 2. Advantages within groups; split the groups over the optimizer steps of this iteration.
+        advantages, no_signal = advantages_of(episodes, args.advantage == "std")
+        groups = sorted({e.group for e in episodes})
+        shares = [set(groups[i::args.updates]) for i in range(args.updates)]
+
+        # 3. Labels, losses and steps.
+        parts = []
+        for i, share in enumerate(shares):
+            chosen = [j for j, e in enumerate(episodes) if e.group in share]
+            if not chosen:
+                continue
+            batch = make_batch([episodes[j] for j in chosen], advantages[chosen], args.labels, args.weighting,
+                               args.questions if run["question"] else 0, seed + i)
+            if run["reference"] is not None:
+                batch.ref_logprobs = reference_logprobs(run["reference"], batch.episodes, args.temperature, args.micro_tokens)
+            parts.append(update(model, value_head, optimizer, batch, run["question"], args.clip, args.kl_coef,
+                                args.classifier_coef, args.temperature, args.micro_tokens, args.max_norm))
+        updated = time.perf_counter()
+
+        # 4. Log: one line on the screen, everything in metrics.jsonl and TensorBoard.
+        tokens = sum(len(e.tokens) for e in episodes)
+        names = sorted({name for part in parts for name in part})
+        row = {"success": sum(e.won for e in episodes) / len(episodes),
+               "reward": sum(e.reward for e in episodes) / len(episodes),
+               "steps": sum(len(e.steps) for e in episodes) / len(episodes), **flaw_rates(episodes),
+               "groups_without_signal": no_signal,
+               **{name: sum(p[name] for p in parts if name in p) / sum(name in p for p in parts) for name in names},
+               "truncated": sum(e.truncated for e in episodes), "bad_games": len(report["bad_games"]),
+               "worker_restarts": run["pool"].restarts, "tokens": tokens, "seconds_sample": report["sample"],
+               "seconds_env": report["env"], "seconds_play": played - clock, "seconds_update": updated - played}
+        left = (time.time() - begin) / (iteration - done) * (args.iterations - iteration)
+        print(f"{iteration:4d}/{args.iterations}  success {row['success']:.2f}  loss {row['loss']:+.4f}  "
+              f"inadmissible {row['inadmissible']:.2f}  repeated {row['repeated']:.2f}  no signal {no_signal:.2f}  "
+              f"kl {row['kl']:.4f}  {tokens / (updated - clock):,.0f} tokens/s  {left / 60:.0f} min left", flush=True)
+        if iteration == args.iterations:
+            row |= evaluation(args, run, ["valid_unseen", "valid_seen"], iteration)
+        log(args, board, iteration, row)
+        if iteration % args.save_every == 0 or iteration == args.iterations:
+            write_samples(args, run["tokenizer"], episodes, iteration)
+            folder = save_checkpoint(args, run, iteration)
+            draw([args.out], os.path.join(args.out, "curves.png"))
+    board.close()
+    print(f"{(time.time() - begin) / 60:.1f} minutes; curves: {args.out}/curves.png; policy: {checkpoints(args.out)[-1]}")
+
+
+def evaluation(args, run, splits, iteration):
+    """Play the validation games with the current policy, print the table; {"eval_valid_unseen": {...}}."""
+    found = {}
+    for split in splits if args.eval_games else []:
+        games = envs.list_games(args.env, split, args.games, count=args.eval_games)
+        found[f"eval_{split}"], _ = evaluate(run["engine"], run["pool"], run["chat"], games, args.max_steps)
+        print(f"\n{split} after {iteration} iterations\n{table(found[f'eval_{split}'])}\n", flush=True)
+    return found
+
+
+def log(args, board, iteration, row):
+    with open(os.path.join(args.out, "metrics.jsonl"), "a") as file:
+        file.write(json.dumps({"iteration": iteration, **row}) + "\n")
+    for name, value in row.items():
+        if isinstance(value, dict):
+            board.add_scalar(f"{name}/success", value["success"], iteration)
+        else:
+            board.add_scalar(name, value, iteration)
+
+
+def write_samples(args, tokenizer, episodes, iteration):
+    """Two won and two lost episodes as text, with each step's flaws."""
+    picks = [e for e in episodes if e.won][:2] + [e for e in episodes if not e.won][:2]
+    with open(os.path.join(args.out, "samples", f"iteration-{iteration:06d}.txt"), "w") as file:
+        for episode in picks:
+            file.write(f"=== {episode.game.name}   won: {episode.won}\n{tokenizer.decode(episode.tokens)}\n")
+            for k, step in enumerate(episode.steps):
+                flaws = [n for n in flaw_rates([]) if getattr(step, n)]
+                file.write(f"  step {k + 1}: {step.action!r} {' '.join(flaws)}\n")
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    main()
