@@ -86,7 +86,8 @@ def tiny_model(tokenizer, hidden=128, layers=4, heads=4, feed_forward=384, posit
 
 def load_policy(folder, device="cpu", dtype=torch.float32):
     """(model, tokenizer) from any Hugging Face folder or hub name; one clear line where that is impossible."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)

@@ -288,6 +288,7 @@ class ALFWorld:
         return self._observe(state)
 
     def _observe(self, state):
+        self.raw = state.feedback  # as the engine wrote it
         facts = self._engine._pddl_state._facts
         changing = sorted(str(fact) for signature, group in facts.items() if signature.name in DYNAMIC for fact in group)
         digest = hashlib.blake2b("|".join(changing).encode(), digest_size=8).digest()

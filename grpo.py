@@ -38,8 +38,8 @@ def group_advantages(rewards, groups, normalize_std=True, eps=1e-6):
     centered = rewards.float() - mean[groups]
     std = (zeros.index_add(0, groups, centered**2) / count).sqrt()
     signal = std > 1e-8
-    centered = torch.where(signal[groups], centered, torch.zeros_like(centered))
-    return (centered / (std[groups] + eps) if normalize_std else centered), signal
+    advantages = centered / (std[groups] + eps) if normalize_std else centered
+    return torch.where(signal[groups], advantages, torch.zeros_like(advantages)), signal
 
 
 def token_weights(step_of_token, episode_of_token, weighting="token"):

@@ -153,7 +153,7 @@ def update(model, value_head, optimizer, batch, question=None, clip=0.2, kl_coef
         seen[name] = seen.get(name, 0) + 1
 
     def add(name, value):
-        stats[name] = stats.get(name, 0.0) + float(value)
+        stats[name] = stats.get(name, 0.0) + value.item()
 
     for micro in micro_batches(batch.episodes, max_tokens):
         episodes = [batch.episodes[i] for i in micro]
@@ -177,7 +177,7 @@ def update(model, value_head, optimizer, batch, question=None, clip=0.2, kl_coef
             flat = [(label, w) for i in micro for label, w in zip(batch.labels[i], batch.question_weight[i]) if w > 0]
             part = generative_loss(out["verdicts"], torch.tensor([w for _, w in flat], device=device))
             loss = loss + classifier_coef * part
-            add("generative_loss", part)
+            add("generative_loss", part.detach())
             good, bad = question[1][GOOD][0], question[1][BAD][0]
             for (label, _), says_good in zip(flat, out["verdict_first"][:, good] > out["verdict_first"][:, bad]):
                 count("good" if label == GOOD else "bad", bool(says_good) == (label == GOOD))
@@ -186,7 +186,7 @@ def update(model, value_head, optimizer, batch, question=None, clip=0.2, kl_coef
             part = value_head_loss(out["values"], labels,
                                    torch.tensor([w for i in micro for w in batch.value_weight[i]], device=device))
             loss = loss + classifier_coef * part
-            add("value_loss", part)
+            add("value_loss", part.detach())
             for label, says_good in zip(labels.tolist(), (out["values"] > 0).tolist()):
                 if label in (GOOD, BAD):
                     count("value_good" if label == GOOD else "value_bad", says_good == (label == GOOD))

@@ -1,0 +1,206 @@
+"""Speeds as ratios, measured side by side in one run: machines differ and are noisy, ratios less so.
+
+    python bench.py                 # everything, some 5 minutes on two cores
+    python bench.py --only envs     # the environment against stock ALFWorld
+
+Nothing here is asserted anywhere: it is measured, printed, and quoted in README.md with the machine it ran on.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+# -------------------------------------------------------------------------------- ALFWorld, stock and with a memory
+
+def game_data(game):
+    import houses
+    if isinstance(game.source, int):
+        return houses.generate(game.split, game.source)
+    with open(game.source) as file:
+        return json.load(file)
+
+
+def record(game, world, seed, expert_steps=30, random_steps=10):
+    """Play the expert, then at random; returns (commands, transcript), the transcript as stock's below."""
+    from expert import search_expert
+    rng, commands = random.Random(seed), []
+    observation = world.reset(game)
+    transcript = [[world.raw, observation.admissible, observation.won]]
+
+    def step(command):
+        observation = world.step(command)
+        commands.append(command)
+        transcript.append([world.raw, observation.admissible, observation.won])
+        return observation
+
+    try:
+        agent = search_expert(observation.text)
+        command = next(agent)
+        for _ in range(expert_steps):
+            observation = step(command)
+            command = agent.send(observation.text)
+    except (StopIteration, ValueError):
+        pass
+    for _ in range(random_steps):
+        observation = step(rng.choice(observation.admissible + ["open the pod bay doors"]))
+    return commands, transcript
+
+
+def stock_main():
+    """Child process: replay jobs [(game data, commands)] on stock ALFWorld; JSON in, JSON out."""
+    jobs, out = json.load(sys.stdin), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import textworld
+    from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+    from textworld.envs.pddl import PddlEnv
+    env = AlfredDemangler(PddlEnv(textworld.EnvInfos(won=True, admissible_commands=True)))
+    transcripts, reset_seconds, step_seconds = [], 0.0, 0.0
+    for data, commands in jobs:
+        clock = time.perf_counter()
+        env.load(data)
+        state = env.reset()
+        reset_seconds += time.perf_counter() - clock
+        transcript = [[state.feedback, state["admissible_commands"], bool(state["won"])]]
+        for command in commands:
+            clock = time.perf_counter()
+            state, _, _ = env.step(command)
+            step_seconds += time.perf_counter() - clock
+            transcript.append([state.feedback, state["admissible_commands"], bool(state["won"])])
+        transcripts.append(transcript)
+    json.dump({"transcripts": transcripts, "reset": reset_seconds, "step": step_seconds}, out)
+    out.flush()
+
+
+def stock_replay(jobs, processes=1):
+    """Stock ALFWorld in `processes` children (our memory patches TextWorld for a whole process)."""
+    shares = [jobs[i::processes] for i in range(processes)]
+    children = [subprocess.Popen([sys.executable, os.path.join(HERE, "bench.py"), "--stock"], stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE) for _ in shares]
+    for child, share in zip(children, shares):
+        json.dump(share, child.stdin)
+        child.stdin.close()
+    replies = [json.loads(child.stdout.read()) for child in children]
+    for child in children:
+        child.stdout.close()
+        child.wait()
+    transcripts = [None] * len(jobs)
+    for i, reply in enumerate(replies):
+        transcripts[i::processes] = reply["transcripts"]
+    return transcripts, sum(r["reset"] for r in replies), sum(r["step"] for r in replies)
+
+
+def bench_envs(count=10, group=8):
+    """Steps per second on one core, and resets of a game inside a group, against stock."""
+    import envs
+    games = envs.list_games("alfworld", "valid_unseen", "auto", warn=lambda line: None)
+    games = [games[i] for i in range(0, len(games), max(1, len(games) // count))][:count]
+    world = envs.ALFWorld()
+    played = [record(game, world, seed=i) for i, game in enumerate(games)]
+    steps = sum(len(commands) for commands, _ in played)
+    resets = step_seconds = first_seconds = 0.0
+    for game, (commands, _) in zip(games, played):
+        envs.ALFWorld()  # a worker holds several environments; each plays another episode of the group
+        clock = time.perf_counter()
+        world.reset(game)
+        first_seconds += time.perf_counter() - clock
+        for _ in range(group):
+            clock = time.perf_counter()
+            world.reset(game)
+            resets += time.perf_counter() - clock
+            for command in commands:
+                clock = time.perf_counter()
+                world.step(command)
+                step_seconds += time.perf_counter() - clock
+    transcripts, stock_reset, stock_step = stock_replay([(game_data(g), c) for g, (c, _) in zip(games, played)])
+    same = all(a == b for a, (_, b) in zip(transcripts, played))
+    kind = "official" if isinstance(games[0].source, str) else "generated"
+    ours = step_seconds / (steps * group)
+    print(f"\nALFWorld, {len(games)} {kind} games, {steps} steps, one core   (identical transcripts: {same})")
+    print(f"  step             stock {1000 * stock_step / steps:8.2f} ms   here {1000 * ours:8.2f} ms   ratio {stock_step / steps / ours:6.1f}")
+    reset = resets / (len(games) * group)
+    print(f"  reset in a group stock {1000 * stock_reset / len(games):8.2f} ms   here {1000 * reset:8.2f} ms   ratio {stock_reset / len(games) / reset:6.1f}")
+
+
+# ------------------------------------------------------------------------------------------- playing and updating
+
+def bench_loop(model_folder, tasks=16, group=8, repeats=3):
+    """Playing against updating in the default run, and what the classifier adds to an update."""
+    import torch
+
+    import envs
+    from classifier_loss import BAD, GOOD
+    from cold_start import QUESTION, load_policy
+    from evaluate import make_chat
+    from rollout import Episode, TorchEngine, play
+    from update import advantages_of, make_batch, update
+
+    model, tokenizer = load_policy(model_folder)
+    chat, _ = make_chat(tokenizer, "alfworld", model_folder)
+    engine = TorchEngine(model, chat.eos)
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    question = (chat.next_prompt(QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
+    head = torch.nn.Linear(model.config.hidden_size, 1)
+    optimizer = torch.optim.AdamW(list(model.parameters()) + list(head.parameters()), lr=0.0)  # time it, change nothing
+    games = envs.sample_games(envs.list_games("alfworld", "train", "generated"), tasks, 0)
+    with envs.EnvPool(os.cpu_count()) as pool:
+        play(engine, pool, chat, games[:2], 2, 20)  # warm up
+        clock = time.perf_counter()
+        episodes, report = play(engine, pool, chat, games, group, 20, seed=1)
+        play_seconds = time.perf_counter() - clock
+    advantages, _ = advantages_of(episodes)
+
+    def separately(batch):
+        """The same questions as sequences of their own: the prefix is computed again for each."""
+        extra = []
+        for episode, labels, weights in zip(batch.episodes, batch.labels, batch.question_weight):
+            for step, label, weight in zip(episode.steps, labels, weights):
+                if weight > 0:
+                    one = Episode(None, 0)
+                    one.give(episode.tokens[:step.end] + question[0])
+                    one.sample(question[1][label], [0.0] * len(question[1][label]))
+                    extra.append(one)
+        return extra
+
+    def timed(name, with_question=False, with_head=False, apart=False):
+        from update import forward, micro_batches
+        batch = make_batch(episodes, advantages, questions_per_episode=3 if with_question or apart else 0)
+        best = float("inf")
+        for _ in range(repeats):
+            clock = time.perf_counter()
+            update(model, head if with_head else None, optimizer, batch, question if with_question else None, classifier_coef=0.1)
+            if apart:
+                extra = separately(batch)
+                for micro in micro_batches(extra, 8192):
+                    (-forward(model, [extra[i] for i in micro])["logprobs"].mean()).backward()
+            best = min(best, time.perf_counter() - clock)
+        return best
+
+    alone = timed("alone")
+    print(f"\n{len(episodes)} episodes, {sum(len(e.tokens) for e in episodes):,} tokens, {torch.get_num_threads()} threads")
+    print(f"  playing {play_seconds:.1f} s (sampling {report['sample']:.1f}, environments {report['env']:.1f}), updating {alone:.1f} s"
+          f"   playing / updating {play_seconds / alone:.2f}")
+    for name, keywords in (("value head", dict(with_head=True)), ("generative, branches", dict(with_question=True)),
+                           ("both", dict(with_question=True, with_head=True)), ("generative, separate sequences", dict(apart=True))):
+        print(f"  update with {name:32} {timed(name, **keywords) / alone:.2f} times GRPO alone")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Measure speeds as ratios.")
+    parser.add_argument("--only", choices=["envs", "loop"], help="one part alone")
+    parser.add_argument("--model", default=os.path.join(HERE, "policies", "tiny"), help="policy for the loop")
+    parser.add_argument("--stock", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.stock:
+        stock_main()
+    else:
+        if args.only in (None, "envs"):
+            bench_envs()
+        if args.only in (None, "loop"):
+            bench_loop(args.model)

@@ -1,0 +1,179 @@
+"""The games: generated houses, the expert, speed without change, flaws, dead workers, broken files."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter, defaultdict
+
+import pytest
+
+import bench
+import envs
+import houses
+from cold_start import play_expert
+from rollout import Step, judge
+
+OFFICIAL = envs.official_folder()
+
+
+def test_every_generated_game_is_won_by_the_expert(pool):
+    """Hundreds of seeds per split; all six task types occur; the expert needs fewer than 20 steps mostly."""
+    for split, count in (("train", 150), ("valid_seen", 100), ("valid_unseen", 150)):
+        games = envs.list_games("alfworld", split, "generated", count=count)
+        results = list(play_expert(games, pool))
+        assert len(results) == count and all(won for *_, won in results)
+        assert {game.task_type for game, *_ in results} == set(envs.TASK_TYPES)
+        assert sum(len(turns) <= 20 for _, turns, _ in results) >= 0.98 * count
+
+
+def pairs_and_layout(problem):
+    kind = {}
+    for line in problem.splitlines():
+        words = line.strip("()").split()
+        if words and words[0] in ("receptacleType", "objectType"):
+            kind[words[1]] = words[2][:-4]
+    inside = [line.strip("()").split() for line in problem.splitlines() if line.startswith("(inReceptacle")]
+    receptacles = sorted(kind[w.strip("()").split()[1]] for w in problem.splitlines() if w.startswith("(receptacleType"))
+    return {(kind[o], kind[r]) for _, o, r in inside}, tuple(receptacles)
+
+
+def test_unseen_houses_show_what_training_never_shows():
+    """Read from the finished PDDL text, not from the generator's own functions."""
+    trained_pairs, trained_layouts = set(), set()
+    for seed in range(1500):
+        for split in ("train", "valid_seen"):
+            game = houses.generate(split, seed)
+            pairs, layout = pairs_and_layout(game["pddl_problem"])
+            target, end = game["name"].split("-")[-2:]
+            trained_pairs |= {p for p in pairs if p[0] != "DeskLamp"} | {(target, end)}
+            trained_layouts.add(layout)
+    for seed in range(200):
+        game = houses.generate("valid_unseen", seed)
+        _, layout = pairs_and_layout(game["pddl_problem"])
+        assert layout not in trained_layouts
+        assert tuple(game["name"].split("-")[-2:]) not in trained_pairs
+
+
+def test_splits_use_different_houses():
+    texts = [houses.generate(split, seed)["pddl_problem"] for split in houses.SPLITS for seed in range(200)]
+    assert len(set(texts)) == len(texts)
+
+
+def replay(games, processes=2):
+    world = envs.ALFWorld()
+    played = [bench.record(game, world, seed=i) for i, game in enumerate(games)]
+    stock, _, _ = bench.stock_replay([(bench.game_data(g), c) for g, (c, _) in zip(games, played)], processes)
+    for game, (commands, ours), theirs in zip(games, played, stock):
+        assert len(ours) == len(commands) + 1 > 10
+        for a, b in zip(ours, theirs):
+            assert list(a) == b, game.name
+
+
+def test_generated_games_play_as_in_stock_alfworld():
+    """Raw observation, admissible commands and success, byte for byte, expert play and random play."""
+    replay([envs.generated_game("valid_unseen", seed) for seed in range(12)])
+
+
+@pytest.mark.skipif(not OFFICIAL, reason="needs the official ALFWorld games (set ALFWORLD_DATA)")
+def test_official_games_play_as_in_stock_alfworld(request):
+    """All 274 validation games with --all-games, every 25th otherwise (stock ALFWorld takes seconds for each)."""
+    games = envs.list_games("alfworld", "valid_seen", "official") + envs.list_games("alfworld", "valid_unseen", "official")
+    assert len(games) == 274 and games == sorted(games[:140]) + sorted(games[140:])
+    replay(games if request.config.getoption("--all-games") else games[::25])
+
+
+@pytest.mark.skipif(not OFFICIAL, reason="needs the official ALFWorld games (set ALFWORLD_DATA)")
+def test_expert_on_official_pick_two(pool):
+    """ALFWorld's hand-coded expert wins a quarter of these."""
+    games = envs.list_games("alfworld", "valid_seen", "official", task_types=[6])
+    won = [won for *_, won in play_expert(games, pool)]
+    assert len(won) == 24 and sum(won) / len(won) > 0.75
+
+
+def test_a_game_again_after_another_is_the_same(pool):
+    """Loading is skipped when the game is loaded already; that must never mean the wrong game."""
+    a, b = envs.generated_game("train", 0), envs.generated_game("train", 1)
+    world = envs.ALFWorld()
+    first = world.reset(a)
+    world.step(first.admissible[0])
+    assert world.reset(a) == first
+    other = world.reset(b)
+    assert other.text != first.text and world.reset(a) == first and world.reset(b) == other
+
+
+def test_flaws_in_a_real_game():
+    """A scripted episode with one of each flaw."""
+    world = envs.ALFWorld()
+    now = world.reset(envs.generated_game("train", 0))  # bed, cabinet, desk, drawer, ...: see the observation
+    assert "bed 1" in now.text and "desk 1" in now.text
+    tried, visited, seen = defaultdict(set), {now.state}, []
+    script = ["go to bed 1", "go to desk 1", "go to bed 1", "go to desk 1", "go to bed 99", "go to bed 99", "look",
+              "open cabinet 1", "go to cabinet 1", "open cabinet 1"]
+    for command in script:
+        step, before = Step(0, 0, command), now
+        now = world.step(command)
+        judge(step, before, now, tried, visited)
+        seen.append({name for name in ("inadmissible", "no_effect", "repeated", "revisited") if getattr(step, name)})
+    assert seen == [set(), set(), {"revisited"}, {"repeated", "revisited"}, {"inadmissible"}, {"inadmissible", "repeated"},
+                    {"no_effect"}, {"inadmissible"}, set(), set()]
+
+
+def test_a_killed_worker_is_replaced_and_its_episodes_go_on():
+    games = [envs.generated_game("train", seed) for seed in range(4)]
+    with envs.EnvPool(2) as pool:
+        first = pool.reset(games)
+        commands = [(slot, o.admissible[1]) for slot, o in enumerate(first)]
+        expected = [pool.step(commands), pool.step([(s, "look") for s in range(4)])]
+        pool.reset(games)
+        assert pool.step(commands) == expected[0]
+        os.kill(pool.processes[0].pid, signal.SIGKILL)
+        assert pool.step([(s, "look") for s in range(4)]) == expected[1] and pool.restarts == 1
+        os.kill(pool.processes[1].pid, signal.SIGSTOP)  # hangs instead of dying
+        pool.timeout = 1.0
+        assert pool.step([(s, "look") for s in range(4)])[3].text == expected[1][3].text and pool.restarts >= 2
+
+
+def test_broken_official_files_are_named_and_skipped(tmp_path, monkeypatch, pool):
+    """A truncated file, an unsolvable game and one of an old ALFWorld beside a good one."""
+    data = houses.generate("train", 3)
+    good = {k: data[k] for k in ("pddl_domain", "grammar", "pddl_problem")} | {"solvable": True}
+    old = {**good, "grammar": good["grammar"].replace("move {o} to {r}", "put {o} in/on {r}")}
+    broken_pddl = {**good, "pddl_problem": good["pddl_problem"][:500]}
+    for name, content in (("a", json.dumps(good)[:300]), ("b", json.dumps({**good, "solvable": False})),
+                          ("c", json.dumps(old)), ("d", json.dumps(good)), ("e", json.dumps(broken_pddl))):
+        folder = tmp_path / "json_2.1.1" / "train" / "pick_and_place_simple-X-None-Y-1" / f"trial_{name}"
+        folder.mkdir(parents=True)
+        (folder / "game.tw-pddl").write_text(content)
+    monkeypatch.setattr(houses, "ALFWORLD_DATA", str(tmp_path))
+    lines = []
+    games = envs.list_games("alfworld", "train", "auto", warn=lines.append)
+    assert [g.name[-1] for g in games] == ["d", "e"] and lines[0].startswith("skipped 3 of 5 games")
+    assert all(word in lines[0] for word in ("unreadable", "unsolvable", "`put` instead of `move`"))
+    fine, bad = pool.reset(games)
+    assert isinstance(fine, envs.Observation) and isinstance(bad, envs.BadGame) and "trial_e" in str(bad)
+
+
+def run_python(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True,
+                          cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def test_wrong_path_is_one_clear_line_and_creates_nothing(tmp_path):
+    missing = str(tmp_path / "not" / "there")
+    done = run_python("import sys, evaluate; sys.argv = ['evaluate.py', '--games', 'official', '--agent', 'expert'];"
+                      "evaluate.main()", ALFWORLD_DATA=missing)
+    assert done.returncode == 1 and "no folder json_2.1.1" in done.stderr and "Traceback" not in done.stderr
+    assert not os.path.exists(missing)
+    done = run_python("import envs; print(envs.choose_games('auto'))", ALFWORLD_DATA=missing)
+    assert done.stdout.strip() == "generated"
+
+
+def test_stripped_library_is_small_and_workers_leave_no_copies():
+    import fast_downward
+    original = os.path.join(os.path.dirname(fast_downward.__file__), "libdownward.so")
+    assert os.path.getsize(envs._stripped(original)) < 2_000_000 < os.path.getsize(original)
+    assert shutil.disk_usage("/tmp").free > 0
+    assert Counter(type(envs.WORLDS["alfworld"]()).__name__ for _ in range(3)) == {"ALFWorld": 3}

@@ -1,0 +1,129 @@
+"""Conversations as tokens: what is given and what is sampled, and how an episode ends."""
+
+import pytest
+import torch
+
+import envs
+import rollout
+from cold_start import expert_episodes
+from evaluate import evaluate, summarize, wilson
+
+
+class Scripted:
+    """An engine that answers from a script of texts, one per turn, the same for every row."""
+    max_new_tokens = 24
+
+    def __init__(self, chat, answers):
+        self.chat, self.answers = chat, answers
+
+    def start(self, seed):
+        self.turn = -1
+
+    def generate(self, rows, sequences):
+        self.turn += 1
+        self.seen = sequences
+        text = self.answers[self.turn % len(self.answers)]
+        ids = self.chat.tokenizer.encode(text, add_special_tokens=False)
+        return [(ids, [-0.5] * len(ids)) for _ in rows]
+
+
+def test_the_pieces_are_the_whole_conversation(chat, pool):
+    """Prompt, answers and observations joined are exactly what the chat template writes for the conversation."""
+    game = envs.generated_game("train", 0)
+    answers = ["<action>go to bed 1</action><|im_end|>", "<action>look</action><|im_end|>", "I think so.<|im_end|>"]
+    (episode,), _ = rollout.play(Scripted(chat, answers), pool, chat, [game], 1, max_steps=3)
+    world = envs.ALFWorld()
+    texts = [world.reset(game).text, world.step("go to bed 1").text, world.step("look").text]
+    messages = [{"role": "system", "content": chat.system}]
+    for text, answer in zip(texts, answers):
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.removesuffix("<|im_end|>")}]
+    whole = chat.tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n")
+    assert chat.tokenizer.decode(episode.tokens) == whole
+    assert episode.tokens == chat.tokenizer.encode(whole, add_special_tokens=False)
+    sampled = [t for t, s in zip(episode.tokens, episode.sampled) if s]
+    assert chat.tokenizer.decode(sampled) == "".join(answers)
+    for step, answer in zip(episode.steps, answers):
+        assert chat.tokenizer.decode(episode.tokens[step.start:step.end]) == answer
+    assert [s.malformed for s in episode.steps] == [False, False, True]
+    assert len(episode.tokens) == len(episode.sampled) == len(episode.logprobs)
+    assert {l for l, s in zip(episode.logprobs, episode.sampled) if not s} == {0.0}
+
+
+def test_an_answer_cut_off_gets_its_end_given_not_sampled(chat, pool):
+    game = envs.generated_game("train", 0)
+    (episode,), _ = rollout.play(Scripted(chat, ["<action>look</action>", "<action>look"]), pool, chat, [game], 1, max_steps=2)
+    first, second = episode.steps
+    assert episode.tokens[first.end] == chat.eos and not episode.sampled[first.end]
+    assert second.malformed and not first.malformed
+
+
+def test_two_actions_are_malformed(chat):
+    parse = lambda text: chat.parse_action(chat.tokenizer.encode(text, add_special_tokens=False))
+    assert parse("<think>hm</think><action> go to bed 1 </action>") == "go to bed 1"
+    assert parse("<action>a</action><action>b</action>") is None and parse("<action></action>") is None and parse("go") is None
+
+
+def test_full_context_ends_an_episode_flagged(chat, pool):
+    game = envs.generated_game("train", 0)
+    first = len(chat.first_prompt(envs.ALFWorld().reset(game).text))
+    (episode,), _ = rollout.play(Scripted(chat, ["<action>look</action><|im_end|>"]), pool, chat, [game], 1,
+                                 max_steps=20, max_context=first + 60)
+    assert episode.truncated and 1 <= len(episode.steps) < 20 and len(episode.tokens) <= first + 60
+
+
+def test_a_group_that_starts_differently_is_refused(chat):
+    class Pool:
+        def reset(self, games):
+            return [envs.Observation(str(i), [], i, 0.0, False, False) for i, _ in enumerate(games)]
+    with pytest.raises(RuntimeError, match="start differently"):
+        rollout.play(Scripted(chat, [""]), Pool(), chat, [envs.generated_game("train", 0)], 2)
+
+
+def test_sampling_repeats_with_its_seed_and_greedy_takes_the_best(model, chat, pool):
+    games = [envs.generated_game("train", s) for s in range(2)]
+    engine = rollout.TorchEngine(model, chat.eos, max_new_tokens=4)
+    tokens = lambda seed: [e.tokens for e in rollout.play(engine, pool, chat, games, 2, 2, seed=seed)[0]]
+    assert tokens(1) == tokens(1) != tokens(2)
+    engine.temperature = 0
+    engine.start(0)
+    prompt = chat.first_prompt("look")
+    ids, _ = engine.generate([0], [prompt])[0]
+    assert ids[0] == model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax()
+
+
+def test_evaluation_does_not_depend_on_the_number_of_workers(model, chat):
+    games = envs.list_games("alfworld", "valid_unseen", "generated", count=5)
+    engine, results = rollout.TorchEngine(model, chat.eos, max_new_tokens=4), []
+    for workers in (1, 3):
+        with envs.EnvPool(workers) as pool:
+            result, episodes = evaluate(engine, pool, chat, games, max_steps=3)
+            results.append((result, [e.tokens for e in episodes]))
+    assert results[0] == results[1] and results[0][0]["games"] == 5
+
+
+def test_expert_episodes_are_marked_as_sampled_and_win(chat, pool):
+    games = [envs.generated_game("train", s) for s in range(6)]
+    episodes = expert_episodes(games, pool, chat, progress=False)
+    assert len(episodes) == 6
+    for episode in episodes:
+        for step in episode.steps:
+            assert all(episode.sampled[step.start:step.end]) and not episode.sampled[step.start - 1]
+            assert chat.parse_action(episode.tokens[step.start:step.end]) == step.action
+        assert sum(episode.sampled) == sum(s.end - s.start for s in episode.steps)
+
+
+def test_wilson_against_its_defining_equation():
+    """The bounds p solve (phat - p)^2 = z^2 p (1 - p) / n."""
+    for won, n in ((1, 10), (60, 200), (199, 200)):
+        for p in wilson(won, n):
+            assert (won / n - p) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, rel=1e-6)
+
+
+def test_summary_by_hand():
+    game = lambda task: envs.Game("alfworld", "train", "x", task, 0)
+    step = lambda **flaws: rollout.Step(0, 1, "look", **flaws)
+    episodes = [rollout.Episode(game("a"), 0, steps=[step(), step(repeated=True, inadmissible=True)], won=True),
+                rollout.Episode(game("b"), 0, steps=[step(repeated=True), step()])]
+    result = summarize(episodes)
+    assert (result["success"], result["steps"], result["repeated"], result["inadmissible"]) == (0.5, 2.0, 0.5, 0.25)
+    assert result["tasks"]["a"]["won"] == 1 and result["tasks"]["b"]["success"] == 0.0

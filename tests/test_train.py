@@ -1,0 +1,113 @@
+"""The loop as a user runs it: what it writes, resumed against uninterrupted, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SMALL = ["--games", "generated", "--iterations", "4", "--tasks", "2", "--group-size", "2", "--max-steps", "4",
+         "--eval-games", "3", "--save-every", "2", "--workers", "1", "--classifier", "both", "--updates", "2"]
+
+
+@pytest.fixture(scope="module")
+def small_policy(tokenizer, tmp_path_factory):
+    import cold_start
+    folder = str(tmp_path_factory.mktemp("policy") / "small")
+    model = cold_start.tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=0)
+    cold_start.save_policy(folder, model, tokenizer, note="random weights, for tests")
+    return folder
+
+
+def start(*arguments):
+    return subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), *arguments], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def metrics(folder):
+    with open(os.path.join(folder, "metrics.jsonl")) as file:
+        rows = [json.loads(line) for line in file]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "worker"))} for row in rows]
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(small_policy, tmp_path):
+    """kill -9 right after the third iteration's line, one iteration past a checkpoint; then --resume."""
+    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
+    run = start("--model", small_policy, "--out", whole, *SMALL)
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    for name in ("config.json", "metrics.jsonl", "curves.png", "checkpoint-000004/trainer.pt", "samples/iteration-000004.txt"):
+        assert os.path.getsize(os.path.join(whole, name)) > 0
+    assert any(name.startswith("events.out.tfevents") for name in os.listdir(whole))
+
+    run = start("--model", small_policy, "--out", killed, *SMALL)
+    for line in run.stdout:
+        if line.lstrip().startswith("3/4"):
+            break
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert "checkpoint-000002" in os.listdir(killed) and "checkpoint-000004" not in os.listdir(killed)
+    run = start("--resume", killed)
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    assert metrics(killed) == metrics(whole)
+    from cold_start import load_policy
+    a, b = (load_policy(os.path.join(f, "checkpoint-000004"))[0].state_dict() for f in (whole, killed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    start_weights = load_policy(small_policy)[0].state_dict()
+    assert any(not torch.equal(a[name], start_weights[name]) for name in a)  # something was learnt at all
+
+
+def test_metrics_have_what_the_readme_promises(small_policy, tmp_path):
+    out = str(tmp_path / "run")
+    run = start("--model", small_policy, "--out", out, *SMALL, "--labels", "outcome")
+    head = [run.stdout.readline() for _ in range(5)]
+    run.communicate()
+    assert [line.split()[0] for line in head] == ["games", "model", "engine", "loss", "output"]
+    assert all("(--" in line for line in head)  # each with the flag that changes it
+    rows = metrics(out)
+    assert rows[0]["eval_valid_unseen"]["games"] == 3 and rows[4]["eval_valid_seen"]["games"] == 3
+    wanted = {"success", "reward", "malformed", "inadmissible", "no_effect", "repeated", "groups_without_signal",
+              "policy_loss", "generative_loss", "value_loss", "kl", "clip_fraction", "entropy", "tokens"}
+    assert all(wanted - {"generative_loss", "value_loss"} <= set(row) for row in rows[1:])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--model", "/no/such/folder"], "is not a checkpoint that transformers can load"),
+    (["--resume", "/no/such/run"], "no config.json of a run"),
+    (["--group-size", "1"], "--group-size must be at least 2"),
+    (["--updates", "99"], "--updates 99 leaves no whole group"),
+    (["--temperature", "0"], "--temperature must be positive"),
+    (["--iterations", "0"], "--iterations must be at least 1"),
+    (["--out", "/proc/nowhere"], "cannot write to --out /proc/nowhere"),
+])
+def test_bad_input_is_one_clear_line(arguments, message, small_policy):
+    if "--model" not in arguments:
+        arguments = ["--model", small_policy, *arguments]
+    run = start("--games", "generated", "--workers", "1", *arguments)
+    output = run.communicate()[0]
+    assert run.returncode != 0 and message in output and "Traceback" not in output
+    assert time.time() > 0
+
+
+def test_checkpoints_appear_complete_or_not_at_all(tokenizer, model, tmp_path, monkeypatch):
+    """A write that fails half-way leaves the old folder as it was."""
+    import cold_start
+    folder = str(tmp_path / "policy")
+    cold_start.save_policy(folder, model, tokenizer, version=1)
+    before = sorted(os.listdir(folder))
+
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", full_disk)
+    with pytest.raises(OSError):
+        cold_start.save_policy(folder, model, tokenizer, version=2)
+    assert sorted(os.listdir(folder)) == before
+    with open(os.path.join(folder, "notes.json")) as file:
+        assert json.load(file) == {"version": 1}
