@@ -86,10 +86,14 @@ def tiny_model(tokenizer, hidden=128, layers=4, heads=4, feed_forward=384, posit
 
 def load_policy(folder, device="cpu", dtype=torch.float32):
     """(model, tokenizer) from any Hugging Face folder or hub name; one clear line where that is impossible."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, logging
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # AutoTokenizer reads model type qwen2 and puts Qwen2's way of splitting words in place of the one that the
+        # folder was saved with; a folder that names the generic class means what its tokenizer.json says.
+        generic = get_tokenizer_config(folder).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise FileNotFoundError(f"{folder} is not a checkpoint that transformers can load: {str(error).splitlines()[0]}")

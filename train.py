@@ -56,6 +56,7 @@ def parse_arguments():
     flag("--group-size", type=int, default=8, help="episodes per game (G)")
     flag("--updates", type=int, default=2, help="optimizer steps per iteration, each on its share of the groups")
     flag("--lr", type=float, default=1e-4, help="learning rate of AdamW")
+    flag("--warmup", type=int, default=5, help="iterations over which the learning rate rises: Adam's first steps are all noise")
     flag("--clip", type=float, default=0.2, help="clip range of the ratio")
     flag("--kl-coef", type=float, default=0.01, help="weight of the KL to the starting policy; 0 saves its forward pass")
     flag("--advantage", default="std", choices=["std", "mean"], help="divide by the group's std, or only subtract its mean")
@@ -216,6 +217,8 @@ def train(args, run, done):
         shares = [set(groups[i::args.updates]) for i in range(args.updates)]
 
         # 3. Labels, losses and steps.
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, iteration / max(1, args.warmup))
         parts = []
         for i, share in enumerate(shares):
             chosen = [j for j, e in enumerate(episodes) if e.group in share]

@@ -101,6 +101,19 @@ def test_evaluation_does_not_depend_on_the_number_of_workers(model, chat):
     assert results[0] == results[1] and results[0][0]["games"] == 5
 
 
+def test_a_saved_policy_comes_back_the_same(model, tokenizer, tmp_path):
+    """AutoTokenizer replaced the word splitting of a qwen2 folder: `assistant\\n` became two tokens, and a policy
+    with 0.15 nats of loss won no game at all."""
+    from cold_start import load_policy, save_policy
+    save_policy(str(tmp_path / "policy"), model, tokenizer)
+    loaded, again = load_policy(str(tmp_path / "policy"))
+    text = "<|im_start|>assistant\n<action>go to cabinet 12</action><|im_end|>\n<|im_start|>user\n"
+    assert again.encode(text) == tokenizer.encode(text) and again.decode(again.encode(text)) == text
+    assert again.chat_template == tokenizer.chat_template and again.eos_token_id == tokenizer.eos_token_id
+    ids = torch.tensor([tokenizer.encode(text)])
+    assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
 def test_expert_episodes_are_marked_as_sampled_and_win(chat, pool):
     games = [envs.generated_game("train", s) for s in range(6)]
     episodes = expert_episodes(games, pool, chat, progress=False)
