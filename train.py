@@ -51,12 +51,13 @@ def parse_arguments():
     flag("--max-new-tokens", type=int, help="per answer (default 24 for our tiny policy, 512 for others)")
     flag("--max-context", type=int, default=2048, help="an episode that would grow longer ends there")
     # how it learns
-    flag("--iterations", type=int, default=60, help="rounds of playing and updating")
+    flag("--iterations", type=int, default=32, help="rounds of playing and updating")
     flag("--tasks", type=int, default=16, help="games per iteration")
     flag("--group-size", type=int, default=8, help="episodes per game (G)")
     flag("--updates", type=int, default=2, help="optimizer steps per iteration, each on its share of the groups")
-    flag("--lr", type=float, default=1e-4, help="learning rate of AdamW")
-    flag("--warmup", type=int, default=5, help="iterations over which the learning rate rises: Adam's first steps are all noise")
+    flag("--lr", type=float, default=5e-4, help="peak learning rate of AdamW; 1e-6 or so for models of billions")
+    flag("--warmup", type=int, default=3, help="iterations over which the rate rises: Adam's first steps are all noise")
+    flag("--lr-end", type=float, default=0.0, help="the rate falls linearly to this share of its peak; 1 keeps it constant")
     flag("--clip", type=float, default=0.2, help="clip range of the ratio")
     flag("--kl-coef", type=float, default=0.01, help="weight of the KL to the starting policy; 0 saves its forward pass")
     flag("--advantage", default="std", choices=["std", "mean"], help="divide by the group's std, or only subtract its mean")
@@ -65,7 +66,7 @@ def parse_arguments():
     flag("--micro-tokens", type=int, default=8192, help="padded tokens per forward pass: memory, never the objective")
     # the classifier
     flag("--classifier", default="value", choices=["none", "generative", "value", "both"], help="L_cls")
-    flag("--classifier-coef", type=float, default=0.1, help="lambda")
+    flag("--classifier-coef", type=float, default=0.3, help="lambda")
     flag("--labels", default="rules", choices=["rules", "outcome"], help="which steps are good and which bad")
     flag("--questions", type=int, default=3, help="steps per episode that the generative classifier is asked about")
     # the run
@@ -218,7 +219,8 @@ def train(args, run, done):
 
         # 3. Labels, losses and steps.
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, iteration / max(1, args.warmup))
+            left = 1.0 - (iteration - 1) / args.iterations
+            group["lr"] = args.lr * min(iteration / max(1, args.warmup), args.lr_end + (1.0 - args.lr_end) * left)
         parts = []
         for i, share in enumerate(shares):
             chosen = [j for j, e in enumerate(episodes) if e.group in share]
