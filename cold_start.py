@@ -1,7 +1,7 @@
 """The tiny policy and its supervised cold start on expert episodes.
 
-    python cold_start.py --out policies/tiny --episodes 60000          # the policy that comes with the repository
-    python cold_start.py --out my-policy --games official --episodes 3000
+    python cold_start.py --out policies/tiny --episodes 24000 --epochs 3 --stop-step 750   # the one in the repository
+    python cold_start.py --out policies/official --games official --init policies/tiny --episodes 1000 --lr 5e-4
 
 **The policy** is an ordinary Hugging Face folder: Qwen2 architecture, untied embeddings, a tokenizer trained on the
 texts of the games, a ChatML template. Every other file treats it exactly as it treats Qwen/Qwen2.5-1.5B-Instruct.
@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import os
-import re
+import random
 import shutil
 import time
 
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import envs
-from expert import FITS, search_expert
+from expert import FITS, search_expert, things
 from rollout import NO_ACTION, SYSTEM, ChatFormat, Episode, Step
 
 QUESTION = "good or bad?"  # the generative classifier's question, here so that the tokenizer has its words
@@ -118,33 +118,68 @@ def save_policy(folder, model, tokenizer, dtype=None, **notes):
 
 # ------------------------------------------------------------------------------------------------------ expert episodes
 
-def play_expert(games, pool, max_steps=50, batch=64):
-    """Yields (game, turns, won) per game; turns are (observation, command, before, after)."""
+def slip(rng, receptacles, last, before, want, here):
+    """What a careless player does before the right command: a list of commands that change nothing for good."""
+    kind = rng.choice(["made up", "idle", "again", "wander"])
+    if kind == "again" and last:
+        return [last]
+    if kind == "wander" and here:
+        elsewhere = [r for r in receptacles if r != here and not want.endswith(r)]
+        if elsewhere:
+            return [f"go to {rng.choice(elsewhere)}", f"go to {here}"]
+    if kind == "made up":
+        thing = rng.choice(things(before.text) or ["book 1"])
+        place = rng.choice(receptacles)
+        command = rng.choice([f"take {thing} from {place}", f"open {place}", f"move {thing} to {place}", f"go to {here}"])
+        if command not in before.admissible:
+            return [command]
+    return [rng.choice(["look", "inventory"])]
+
+
+def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0):
+    """Yields (game, turns, won) per game; turns are (observation, command, before, after).
+
+    sloppy: chance of a `slip` before each of the expert's commands. The expert is not told of them.
+    """
+    rng = random.Random(seed)
     for begin in range(0, len(games), batch):
         chunk = [games[i] for i in range(begin, min(begin + batch, len(games)))]
-        now = {s: o for s, o in enumerate(pool.reset(chunk)) if not isinstance(o, Exception)}
-        experts, turns, commands = {}, {s: [] for s in now}, {}
+        first = pool.reset(chunk)
+        now = {s: o for s, o in enumerate(first) if not isinstance(o, Exception)}
+        experts, turns, queue, here = {}, {s: [] for s in now}, {}, {}
+
+        def plan(slot, want):
+            """The expert's next command, and perhaps a slip before it."""
+            place = here.get(slot)
+            last = turns[slot][-1][1] if turns[slot] else None
+            slips = slip(rng, things(first[slot].text), last, now[slot], want, place) if rng.random() < sloppy else []
+            queue[slot] = slips + [want]
+
         for slot, observation in now.items():
             try:
                 experts[slot] = search_expert(observation.text)
-                commands[slot] = next(experts[slot])
+                plan(slot, next(experts[slot]))
             except (ValueError, StopIteration):  # a task it does not know, nothing it can do
                 continue
-        while commands:
-            asked, commands = commands, {}
+        while queue:
+            asked = {slot: commands.pop(0) for slot, commands in queue.items()}
             for (slot, command), after in zip(asked.items(), pool.step(list(asked.items()))):
                 turns[slot].append((now[slot].text, command, now[slot], after))
                 now[slot] = after
-                if not after.done and len(turns[slot]) < max_steps:
+                if after.done or len(turns[slot]) >= max_steps:
+                    del queue[slot]
+                elif not queue[slot]:  # the expert's own command: it sees what came of it
+                    if command.startswith("go to "):
+                        here[slot] = command.removeprefix("go to ")
                     try:
-                        commands[slot] = experts[slot].send(after.text)
+                        plan(slot, experts[slot].send(after.text))
                     except StopIteration:
-                        pass
+                        del queue[slot]
         for slot, observation in now.items():
             yield chunk[slot], turns[slot], observation.won
 
 
-def expert_episodes(games, pool, chat, max_steps=20, progress=True):
+def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, seed=0):
     """The expert's won episodes as `Episode`s: what the expert said counts as sampled, so losses apply as in RL."""
     remembered = {}
 
@@ -157,7 +192,7 @@ def expert_episodes(games, pool, chat, max_steps=20, progress=True):
         return chat.tokenizer.encode(f"<action>{command}</action>", add_special_tokens=False) + [chat.eos]
 
     episodes = []
-    games_played = play_expert(games, pool, max_steps)
+    games_played = play_expert(games, pool, max_steps, sloppy=sloppy, seed=seed)
     for game, turns, won in tqdm(games_played, total=len(games), desc="expert episodes", disable=not progress):
         if not won:
             continue
@@ -173,7 +208,7 @@ def expert_episodes(games, pool, chat, max_steps=20, progress=True):
 
 # ------------------------------------------------------------------------------------------------- supervised training
 
-def cold_start(model, episodes, epochs=1, batch=64, lr=2e-3, lm_coef=0.1, seed=0, progress=True, on_step=None):
+def cold_start(model, episodes, epochs=1, batch=64, lr=2e-3, lm_coef=0.1, seed=0, progress=True, stop=None):
     """Supervised training in place: cross-entropy on the expert's tokens + lm_coef * cross-entropy on the others.
 
     Both are means over their own tokens of a batch. Learning rate: linear warm-up, then cosine to a tenth.
@@ -210,63 +245,76 @@ def cold_start(model, episodes, epochs=1, batch=64, lr=2e-3, lm_coef=0.1, seed=0
             done += 1
             bar.update()
             bar.set_postfix(expert=f"{expert_loss.item():.3f}", given=f"{given_loss.item():.3f}")
-            if on_step:
-                on_step(done, total, expert_loss.item())
+            if done == stop:
+                bar.close()
+                return model
     bar.close()
     return model
 
 
 def make_cold_start(args, games, pool):
-    """The folder of the tiny policy that train.py's --cold-start asks for; trained once per setting, then reused."""
+    """The folder of the tiny policy that train.py's --cold-start asks for.
+
+    Generated games: the policy that comes with the repository. Official games are longer and have thirty receptacles:
+    that policy, trained on with official expert episodes. What is trained here is cached and found by the next run.
+    """
     here = os.path.dirname(os.path.abspath(__file__))
-    if args.cold_start == "auto":
-        folder = os.path.join(here, "policies", "tiny")
-        if os.path.isdir(folder):
-            return os.path.relpath(folder)
-    trained = args.cold_start != "none"
-    folder = os.path.join(here, "policies", f"cache-{args.games}-{args.cold_start_episodes if trained else 0}-seed{args.seed}")
-    if not os.path.isdir(folder):
-        chosen = envs.sample_games(games, args.cold_start_episodes if trained else 400, args.seed)
-        tokenizer = train_tokenizer(tokenizer_texts(chosen[:400], pool))
+    shipped = os.path.join(here, "policies", "tiny")
+    if args.cold_start == "auto" and args.games == "generated" and os.path.isdir(shipped):
+        return os.path.relpath(shipped)
+    count = 0 if args.cold_start == "none" else args.cold_start_episodes
+    folder = os.path.join(here, "policies", f"cache-{args.games}-{count}-seed{args.seed}")
+    if os.path.isdir(folder):
+        return os.path.relpath(folder)
+    chosen = envs.sample_games(games, count or 400, args.seed)
+    if count and args.games == "official" and os.path.isdir(shipped):
+        (model, tokenizer), lr = load_policy(shipped), 1e-3
+    else:
+        tokenizer, lr = train_tokenizer(tokenizer_texts(chosen[:400], pool)), 2e-3
         model = tiny_model(tokenizer, seed=args.seed)
-        if trained:
-            episodes = expert_episodes(chosen, pool, ChatFormat(tokenizer, SYSTEM[args.env]), args.max_steps)
-            cold_start(model, episodes, epochs=3, batch=32, seed=args.seed)
-        save_policy(folder, model, tokenizer, cold_start_episodes=args.cold_start_episodes if trained else 0)
-    return folder
+    if count:
+        episodes = expert_episodes(chosen, pool, ChatFormat(tokenizer, SYSTEM[args.env]), args.max_steps)
+        cold_start(model, episodes, epochs=4, batch=32, lr=lr, seed=args.seed)
+    save_policy(folder, model, tokenizer, prompt="short", cold_start_episodes=count)
+    return os.path.relpath(folder)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Supervised cold start of the tiny policy on expert episodes.")
     parser.add_argument("--out", default="policies/tiny", help="folder to write (a Hugging Face checkpoint)")
     parser.add_argument("--games", default="generated", choices=["auto", "official", "generated"])
-    parser.add_argument("--episodes", type=int, default=24000, help="training games that the expert plays")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--episodes", type=int, default=3000, help="training games that the expert plays")
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the episodes")
     parser.add_argument("--batch", type=int, default=32, help="episodes per update")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
     parser.add_argument("--lm-coef", type=float, default=0.1, help="weight of the loss on observation tokens")
-    parser.add_argument("--max-steps", type=int, default=20, help="longer expert episodes are left out")
-    parser.add_argument("--snapshots", type=int, default=0, help="also save so many checkpoints on the way, OUT-1, OUT-2, ...")
+    parser.add_argument("--max-steps", type=int, help="longer expert episodes are left out (default 20; 50 on official games)")
+    parser.add_argument("--sloppy", type=float, default=0.0, help="chance of a careless action before each of the expert's")
+    parser.add_argument("--stop-step", type=int, help="stop after so many updates, in the middle of the schedule: a policy "
+                        "that leaves room to learn by reward")
+    parser.add_argument("--init", help="start from this policy (its tokenizer too) instead of random weights")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="environment processes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    games = envs.sample_games(envs.list_games("alfworld", "train", args.games), args.episodes, args.seed)
+    try:
+        args.games = envs.choose_games(args.games)
+        games = envs.sample_games(envs.list_games("alfworld", "train", args.games), args.episodes, args.seed)
+        model, tokenizer = load_policy(args.init) if args.init else (None, None)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    args.max_steps = args.max_steps or (20 if args.games == "generated" else 50)
     begin = time.time()
     with envs.EnvPool(args.workers) as pool:
-        tokenizer = train_tokenizer(tokenizer_texts(games[:400], pool))
-        episodes = expert_episodes(games, pool, ChatFormat(tokenizer, SYSTEM["alfworld"]), args.max_steps)
-    model = tiny_model(tokenizer, seed=args.seed)
+        tokenizer = tokenizer or train_tokenizer(tokenizer_texts(games[:400], pool))
+        episodes = expert_episodes(games, pool, ChatFormat(tokenizer, SYSTEM["alfworld"]), args.max_steps,
+                                   sloppy=args.sloppy, seed=args.seed)
+    model = model or tiny_model(tokenizer, seed=args.seed)
     print(f"{len(episodes)} of {len(games)} games won by the expert in {time.time() - begin:.0f} s; "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-
-    def snapshot(done, total, loss):
-        k = args.snapshots and total // (args.snapshots + 1)
-        if k and done % k == 0 and done < total:
-            save_policy(f"{args.out}-{done // k}", model, tokenizer, step=done, loss=loss)
-
-    cold_start(model, episodes, args.epochs, args.batch, args.lr, args.lm_coef, args.seed, on_step=snapshot)
+          f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+    cold_start(model, episodes, args.epochs, args.batch, args.lr, args.lm_coef, args.seed, stop=args.stop_step)
     # float16 halves the file; the policy is loaded in float32 and its weights are exact in both.
-    save_policy(args.out, model, tokenizer, torch.float16, cold_start=vars(args), minutes=round((time.time() - begin) / 60, 1))
+    save_policy(args.out, model, tokenizer, torch.float16, prompt="short", cold_start=vars(args),
+                minutes=round((time.time() - begin) / 60, 1))
     print(f"saved {args.out} after {(time.time() - begin) / 60:.1f} minutes")
 
 

@@ -75,8 +75,12 @@ def table(result):
 
 
 def make_chat(tokenizer, env, folder):
-    """The chat format for a checkpoint: a policy of ours knows the short prompt, others need the instructions."""
-    tiny = os.path.exists(os.path.join(folder, "notes.json"))
+    """(chat format, whether it is a tiny policy of ours). Ours knows the short prompt; others need the instructions."""
+    try:
+        with open(os.path.join(folder, "notes.json")) as file:
+            tiny = json.load(file).get("prompt") == "short"
+    except (OSError, ValueError):
+        tiny = False
     return ChatFormat(tokenizer, (SYSTEM if tiny else SYSTEM_INSTRUCT)[env]), tiny
 
 

@@ -44,18 +44,19 @@ def parse_arguments():
     # who plays
     flag("--model", default="tiny", help="`tiny`, or any Hugging Face folder or hub name")
     flag("--cold-start", default="auto", choices=["auto", "train", "none"],
-         help="for --model tiny. auto: the policy in policies/tiny; train: train one now (cached); none: random weights")
-    flag("--cold-start-episodes", type=int, default=3000, help="expert games for --cold-start train")
+         help="for --model tiny. auto: the policy in policies/tiny, on official games trained on with their expert; "
+              "train: train one now; none: random weights. What is trained is cached in policies/")
+    flag("--cold-start-episodes", type=int, default=1500, help="expert games where a cold start is trained")
     flag("--engine", default="auto", choices=["auto", "torch"], help="who samples")
     flag("--temperature", type=float, default=1.0, help="of sampling; the trainer scores with the same")
     flag("--max-new-tokens", type=int, help="per answer (default 24 for our tiny policy, 512 for others)")
-    flag("--max-context", type=int, default=2048, help="an episode that would grow longer ends there")
+    flag("--max-context", type=int, help="tokens; an episode that would grow longer ends there (default 2048, others 8192)")
     # how it learns
     flag("--iterations", type=int, default=32, help="rounds of playing and updating")
     flag("--tasks", type=int, default=16, help="games per iteration")
     flag("--group-size", type=int, default=8, help="episodes per game (G)")
     flag("--updates", type=int, default=2, help="optimizer steps per iteration, each on its share of the groups")
-    flag("--lr", type=float, default=5e-4, help="peak learning rate of AdamW; 1e-6 or so for models of billions")
+    flag("--lr", type=float, help="peak learning rate of AdamW (default 5e-4 for our tiny policy, 1e-6 for others)")
     flag("--warmup", type=int, default=3, help="iterations over which the rate rises: Adam's first steps are all noise")
     flag("--lr-end", type=float, default=0.0, help="the rate falls linearly to this share of its peak; 1 keeps it constant")
     flag("--clip", type=float, default=0.2, help="clip range of the ratio")
@@ -109,12 +110,16 @@ def setup(args):
     folder = args.model if args.model != "tiny" else make_cold_start(args, games, pool)
     print(f"model   {folder}   (--model, --cold-start)")
     print(f"engine  {args.engine} on {args.device}, {torch.get_num_threads()} threads   (--engine, --device)")
-    print(f"loss    GRPO + {args.classifier_coef} * {args.classifier} classifier, labels by {args.labels}   (--classifier, "
-          "--classifier-coef, --labels)" if args.classifier != "none" else "loss    GRPO alone   (--classifier)")
-    print(f"output  {args.out}   (--out)", flush=True)
     model, tokenizer = load_policy(folder, args.device)
     chat, ours = make_chat(tokenizer, args.env, folder)
     args.max_new_tokens = args.max_new_tokens or (24 if ours else 512)
+    args.max_context = args.max_context or (2048 if ours else 8192)
+    args.lr = args.lr or (5e-4 if ours else 1e-6)
+    print(f"update  AdamW at {args.lr:g}, {args.updates} steps for {args.tasks} games x {args.group_size} episodes   (--lr, "
+          "--updates, --tasks, --group-size)")
+    print(f"loss    GRPO + {args.classifier_coef} * {args.classifier} classifier, labels by {args.labels}   (--classifier, "
+          "--classifier-coef, --labels)" if args.classifier != "none" else "loss    GRPO alone   (--classifier)")
+    print(f"output  {args.out}   (--out)", flush=True)
     torch.manual_seed(args.seed)
     value_head = torch.nn.Linear(model.config.hidden_size, 1).to(args.device) if args.classifier in ("value", "both") else None
     parameters = list(model.parameters()) + (list(value_head.parameters()) if value_head else [])
@@ -124,7 +129,7 @@ def setup(args):
         question = (chat.next_prompt(QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
     reference = load_policy(folder, args.device)[0].requires_grad_(False) if args.kl_coef > 0 else None
     return dict(games=games, pool=pool, model=model, tokenizer=tokenizer, chat=chat, value_head=value_head,
-                reference=reference, question=question, folder=folder,
+                reference=reference, question=question, folder=folder, prompt="short" if ours else "instructions",
                 engine=TorchEngine(model, chat.eos, args.temperature, args.max_new_tokens),
                 optimizer=torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0))
 
@@ -135,7 +140,8 @@ def save_checkpoint(args, run, iteration):
     """`checkpoint-000010/`: a Hugging Face folder plus what a resumed run needs. It appears complete or not at all."""
     folder = os.path.join(args.out, f"checkpoint-{iteration:06d}")
     partial = folder + ".partial"
-    save_policy(partial, run["model"], run["tokenizer"], iteration=iteration, started_from=run["folder"])
+    save_policy(partial, run["model"], run["tokenizer"], iteration=iteration, started_from=run["folder"],
+                prompt=run["prompt"])
     torch.save({"iteration": iteration, "optimizer": run["optimizer"].state_dict(),
                 "value_head": run["value_head"] and run["value_head"].state_dict()}, os.path.join(partial, "trainer.pt"))
     shutil.rmtree(folder, ignore_errors=True)
@@ -210,6 +216,8 @@ def train(args, run, done):
                                 args.max_context, seed)
         if not episodes:
             sys.exit(f"train.py: none of the games can be played: {report['bad_games'][0]}")
+        if not all(e.steps for e in episodes):
+            sys.exit(f"train.py: --max-context {args.max_context} is too small for a first prompt and one answer")
         played = time.perf_counter()
 
         # 2. Advantages within groups; split the groups over the optimizer steps of this iteration.
