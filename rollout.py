@@ -136,23 +136,21 @@ class RaggedCache:
     """
 
     def __init__(self):
-        self.layers = {}  # layer -> [keys, values], each (B, capacity, heads, head_dim)
+        self.layers = {}  # layer -> [keys, values], each (B, heads, capacity, head_dim): attention reads it in order
         self.at = None    # (B, q) where the current forward pass writes
         self.limit = 0    # columns that the current forward pass reads
 
     def update(self, keys, values, layer, *_, **__):  # each (B, heads, q, head_dim)
         rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
-        out = []
-        for i, new in enumerate((keys.transpose(1, 2), values.transpose(1, 2))):  # (B, q, heads, head_dim)
-            stored = self.layers.setdefault(layer, [None, None])
-            if stored[i] is None or stored[i].shape[1] < self.limit:
-                grown = new.new_zeros(new.shape[0], 2 * self.limit, *new.shape[2:])
+        stored = self.layers.setdefault(layer, [None, None])
+        for i, new in enumerate((keys, values)):
+            if stored[i] is None or stored[i].shape[2] < self.limit:
+                grown = new.new_zeros(*new.shape[:2], 2 * self.limit, new.shape[3])
                 if stored[i] is not None:
-                    grown[:, :stored[i].shape[1]] = stored[i]
+                    grown[:, :, :stored[i].shape[2]] = stored[i]
                 stored[i] = grown
-            stored[i][rows, self.at] = new
-            out.append(stored[i][:, :self.limit].transpose(1, 2))
-        return tuple(out)
+            stored[i][rows, :, self.at] = new.transpose(1, 2)  # indexing puts (B, q) first: (B, q, heads, head_dim)
+        return stored[0][:, :, :self.limit], stored[1][:, :, :self.limit]
 
     def keep(self, rows):
         for stored in self.layers.values():
