@@ -137,6 +137,7 @@ def bench_loop(model_folder, tasks=16, group=8, repeats=3):
     import envs
     from classifier_loss import BAD, GOOD
     from cold_start import QUESTION, load_policy
+    from env_pool import EnvPool
     from evaluate import make_chat
     from rollout import Episode, TorchEngine, play
     from update import advantages_of, make_batch, update
@@ -149,7 +150,7 @@ def bench_loop(model_folder, tasks=16, group=8, repeats=3):
     head = torch.nn.Linear(model.config.hidden_size, 1)
     optimizer = torch.optim.AdamW(list(model.parameters()) + list(head.parameters()), lr=0.0)  # time it, change nothing
     games = envs.sample_games(envs.list_games("alfworld", "train", "generated"), tasks, 0)
-    with envs.EnvPool(os.cpu_count()) as pool:
+    with EnvPool(os.cpu_count()) as pool:
         play(engine, pool, chat, games[:2], 2, 20)  # warm up
         clock = time.perf_counter()
         episodes, report = play(engine, pool, chat, games, group, 20, seed=1)

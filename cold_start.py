@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import envs
+from env_pool import EnvPool
 from expert import FITS, search_expert, things
 from rollout import NO_ACTION, SYSTEM, ChatFormat, Episode, Step
 
@@ -304,7 +305,7 @@ def main():
         parser.error(str(error))
     args.max_steps = args.max_steps or (20 if args.games == "generated" else 50)
     begin = time.time()
-    with envs.EnvPool(args.workers) as pool:
+    with EnvPool(args.workers) as pool:
         tokenizer = tokenizer or train_tokenizer(tokenizer_texts(games[:400], pool))
         episodes = expert_episodes(games, pool, ChatFormat(tokenizer, SYSTEM["alfworld"]), args.max_steps,
                                    sloppy=args.sloppy, seed=args.seed)

@@ -1,8 +1,8 @@
 """Text games behind one small interface: `reset(game)` and `step(command)`, each answering an `Observation`.
 
 What stands here: the list of games of a split (official ALFWorld games where their data is found, generated houses
-otherwise), ALFWorld on TextWorld's real `PddlEnv`, and `EnvPool`, worker processes that play a batch of episodes.
-No file below this one knows about models; this one knows no model either.
+otherwise) and ALFWorld on TextWorld's real `PddlEnv`. Batches of episodes are played in worker processes: env_pool.py.
+No model is known here.
 
     world = ALFWorld()
     observation = world.reset(list_games("alfworld", "valid_unseen", games="generated")[0])
@@ -18,15 +18,10 @@ import functools
 import hashlib
 import json
 import os
-import pickle
 import random
 import re
-import select
 import struct
-import subprocess
-import sys
 import tempfile
-import time
 from typing import NamedTuple
 
 import houses
@@ -160,6 +155,11 @@ class LazyGames:
         if isinstance(i, slice):
             return LazyGames(self.split, self.seeds[i])
         return generated_game(self.split, self.seeds[i])
+
+
+def sample_games(games, n, seed):
+    """`n` distinct games drawn with a seed; the draw depends on the seed and the list alone."""
+    return [games[i] for i in random.Random(seed).sample(range(len(games)), min(n, len(games)))]
 
 
 # ----------------------------------------------------------------------------------------------------------- ALFWorld
@@ -298,144 +298,3 @@ class ALFWorld:
 
 
 WORLDS = {"alfworld": ALFWorld}
-
-
-# ---------------------------------------------------------------------------------------------------- worker processes
-
-def worker():
-    """Serve pickled batches of requests on standard input until it closes. Started by EnvPool."""
-    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the replies
-    worlds = {}
-    while True:
-        try:
-            batch = pickle.load(requests)
-        except EOFError:
-            return
-        answers = []
-        for slot, what in batch:
-            try:
-                if isinstance(what, Game):
-                    if slot not in worlds:
-                        worlds[slot] = WORLDS[what.env]()
-                    answers.append(worlds[slot].reset(what))
-                else:
-                    answers.append(worlds[slot].step(what))
-            except BadGame as error:
-                answers.append(error)
-        pickle.dump(answers, replies)
-        replies.flush()
-
-
-class EnvPool:
-    """Plays a batch of episodes, one per slot, in worker processes (TextWorld's parsers are not thread-safe).
-
-    A worker that dies or hangs is replaced, and its episodes are played again up to where they were, by repeating
-    their commands: the games are deterministic, and the last observation is compared. `restarts` counts them.
-    """
-
-    def __init__(self, workers=2, timeout=120.0):
-        self.timeout, self.restarts = timeout, 0
-        self.history = {}  # slot -> [game, command, command, ...]
-        self.last = {}     # slot -> latest Observation
-        self.processes = [self._start() for _ in range(max(1, workers))]
-        self.owner = {}    # slot -> index of its worker
-
-    def _start(self):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-        command = [sys.executable, "-c", "import envs; envs.worker()"]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
-                                cwd=os.path.dirname(os.path.abspath(__file__)))
-
-    def reset(self, games):
-        """Start one episode per game, in slots 0, 1, ...; neighbours share a worker, so that a group shares its memory.
-
-        Returns a list with an Observation, or the BadGame that its game caused, per slot.
-        """
-        share = -(-len(games) // len(self.processes))
-        self.owner = {slot: slot // share for slot in range(len(games))}
-        self.history = {slot: [] for slot in range(len(games))}
-        return self._ask(list(enumerate(games)))
-
-    def step(self, commands):
-        """`commands`: list of (slot, command). Returns the Observations in the same order."""
-        return self._ask(list(commands))
-
-    def _ask(self, requests):
-        by_worker = {}
-        for slot, what in requests:
-            by_worker.setdefault(self.owner[slot], []).append((slot, what))
-        sent = {w: self._send(w, batch) for w, batch in by_worker.items()}  # all workers at once ...
-        answers = {}
-        for w, batch in by_worker.items():                                 # ... then wait for each
-            reply = self._receive(w) if sent[w] else None
-            for attempt in range(3):
-                if reply is not None:
-                    break
-                reply = self._revive(w, batch)
-            if reply is None:
-                raise RuntimeError(f"an environment worker died four times on {batch[0][1]!r}: see its output above")
-            for (slot, what), answer in zip(batch, reply):
-                self.history[slot].append(what)
-                self.last[slot] = answers[slot] = answer
-        return [answers[slot] for slot, _ in requests]
-
-    def _send(self, w, batch):
-        try:
-            pickle.dump(batch, self.processes[w].stdin)
-            self.processes[w].stdin.flush()
-            return True
-        except OSError:  # a broken pipe: the worker is gone
-            return False
-
-    def _receive(self, w):
-        pipe, parts, deadline = self.processes[w].stdout, [], time.monotonic() + self.timeout
-        # Only the first byte can hang; the rest follows in one write.
-        if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            return None
-        try:
-            return pickle.load(pipe)
-        except (EOFError, pickle.UnpicklingError, OSError):
-            return None
-
-    def _revive(self, w, batch):
-        """Replace a dead worker, play its unfinished episodes again, and repeat the request that it died on."""
-        self.restarts += 1
-        self._stop(self.processes[w])
-        self.processes[w] = self._start()
-        for slot, past in self.history.items():
-            if self.owner[slot] == w and past and not getattr(self.last[slot], "done", True):
-                if not self._send(w, [(slot, what) for what in past]):
-                    return None
-                replay = self._receive(w)
-                if replay is None:
-                    return None
-                if replay[-1] != self.last[slot]:
-                    raise RuntimeError(f"{past[0].name} did not replay to the same observation after a worker's death")
-        return self._receive(w) if self._send(w, batch) else None
-
-    @staticmethod
-    def _stop(process):
-        process.kill()
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
-
-    def close(self):
-        for process in self.processes:
-            try:
-                self._stop(process)
-            except OSError:
-                pass
-        self.processes = []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-
-def sample_games(games, n, seed):
-    """`n` distinct games drawn with a seed; the draw depends on the seed and the list alone."""
-    return [games[i] for i in random.Random(seed).sample(range(len(games)), min(n, len(games)))]

@@ -16,6 +16,7 @@ import sys
 from collections import defaultdict
 
 import envs
+from env_pool import EnvPool
 from rollout import FLAWS, SYSTEM, SYSTEM_INSTRUCT, ChatFormat, TorchEngine, flaw_rates, play
 
 
@@ -128,7 +129,7 @@ def run(args):
     games = envs.list_games(args.env, args.split, args.games, args.task_types, args.count,
                             warn=lambda line: print(line, file=sys.stderr))
     args.max_steps = args.max_steps or (20 if args.games == "generated" else 50)
-    with envs.EnvPool(args.workers) as pool:
+    with EnvPool(args.workers) as pool:
         if args.agent == "expert":
             return {**vars(args), **expert_result(games, pool, args.max_steps)}
         from cold_start import load_policy

@@ -257,7 +257,7 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
 
     Args:
         engine: has `start` and `generate`, as TorchEngine.
-        pool: an `envs.EnvPool`.
+        pool: an `env_pool.EnvPool`.
         games: list of Game. A game that cannot be played is left out (its group with it).
         max_context: an episode that would outgrow this many tokens ends there, flagged `truncated`.
     Returns: (episodes in the order of the games, {"sample": seconds, "env": seconds, "bad_games": [messages]}).

@@ -7,6 +7,8 @@
 3. *Gradient coupling.* Similar prompts share their gradient: an action that is right here is raised where it is wrong.
 4. *The remedy.* Learning to classify actions as good or bad makes the representations differ, and the coupling falls.
 
+Parts 1 to 3 are here; the small network of parts 3 and 4, whose coupling is measured, is in toy_network.py.
+
 Each claim is computed in closed form or by exact gradient flow, then checked by sampling or simulation. Where the
 paper (arXiv 2509.23870) states a claim without its condition, the figure shows where it holds and where it does not.
 Every function can be imported and used without running anything.
@@ -18,7 +20,8 @@ from math import comb
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+
+from toy_network import VARIANTS, train_small
 
 # ===================================================================== 1. the expected advantage of a flawed action
 #
@@ -141,7 +144,7 @@ def flow(policy, r):
     Logits follow the gradient of V = -sum_k pi_k r_k (up to a constant), dz_k/dt = pi_k A_k with A_k = V - (-r_k)
     reversed in sign: A_k = sum_j pi_j r_j - r_k. Softmax then gives d pi_k/dt = pi_k (pi_k A_k - sum_j pi_j^2 A_j).
 
-    >>> flow(np.array([0.01, 0.19, 0.80]), np.array([0.0, 1.0, 0.1]))[0] < 0   # the good action shrinks, for a while
+    >>> bool(flow([0.01, 0.19, 0.80], [0.0, 1.0, 0.1])[0] < 0)   # the good action shrinks, for a while
     True
     """
     policy, r = np.asarray(policy), np.asarray(r)
@@ -256,117 +259,6 @@ def simulate_two_states(rho, q_flawed, r_flawed, q_right, r_right, time=60.0, dt
     return np.array(path).T
 
 
-class SmallPolicy(torch.nn.Module):
-    """A softmax policy over K actions with a trunk that the classifier shares: the smallest thing like an actor.
-
-    The trunk reads a state, and where it classifies, the action taken and whether a question follows, just as a
-    language model reads on after its own action. tokens: K actions, then the verdicts "bad" and "good".
-    """
-
-    def __init__(self, states, K=4, width=32, seed=0, decoupled=False):
-        super().__init__()
-        g = torch.Generator().manual_seed(seed)
-        new = lambda *shape, scale: torch.nn.Parameter(scale * torch.randn(*shape, generator=g))
-        self.states, self.K, self.decoupled = states, K, decoupled
-        copies = K if decoupled else 1  # decoupled: every action has a trunk of its own
-        d = states.shape[1]
-        self.read_state = new(copies, d, width, scale=1.0)
-        self.read_action, self.read_question = new(K, width, scale=0.5), new(width, scale=0.5)
-        self.mix = new(copies, width, width, scale=width**-0.5)
-        self.head, self.value = new(width, K + 2, scale=width**-0.5), new(width, scale=width**-0.5)
-        self.bias = torch.nn.Parameter(torch.zeros(K + 2))
-
-    def trunk(self, more=0.0, copy=0):
-        hidden = torch.tanh(self.states @ self.read_state[copy] + more)
-        return torch.tanh(hidden @ self.mix[copy])                                            # (S, width)
-
-    def log_policy(self):
-        """(S, K) log-probabilities of the actions in every state."""
-        if self.decoupled:
-            logits = torch.stack([self.trunk(copy=k) @ self.head[:, k] for k in range(self.K)], 1)
-        else:
-            logits = self.trunk() @ self.head[:, :self.K]
-        return torch.log_softmax(logits + self.bias[:self.K], -1)
-
-    def classify(self, form):
-        """(S, K) log-odds of "good" for every action in every state; generative: by the output layer's verdicts."""
-        read = self.read_action[:, None] + (self.read_question if form == "generative" else 0.0)  # (K, 1, width)
-        after = self.trunk(read)                                                                   # (K, S, width)
-        if form == "generative":
-            logits = after @ self.head[:, self.K:] + self.bias[self.K:]
-            return (logits[..., 1] - logits[..., 0]).T
-        return (after @ self.value).T
-
-
-def similar_states(right=12, wrong=4, similarity=0.9, dimension=24, seed=0):
-    """(S, d) unit vectors with about this cosine to one another: prompts that differ in a few words."""
-    g = torch.Generator().manual_seed(seed)
-    unit = lambda x: x / x.norm(dim=-1, keepdim=True)
-    own = unit(torch.randn(right + wrong, dimension, generator=g))
-    shared = unit(torch.randn(dimension, generator=g))
-    return unit(similarity**0.5 * shared + (1 - similarity) ** 0.5 * own)
-
-
-def gradient_of(policy, state, action):
-    """grad log pi(action | state), all parameters in one vector."""
-    value = policy.log_policy()[state, action]
-    gradients = torch.autograd.grad(value, list(policy.parameters()), allow_unused=True)
-    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(policy.parameters(), gradients)])
-
-
-def coupling(policy, right, wrong, action=0):
-    """rho, measured: mean cosine between grad log pi(f|s) and grad log pi(f|s') over pairs of states."""
-    a = F.normalize(torch.stack([gradient_of(policy, s, action) for s in right]), dim=1)
-    b = F.normalize(torch.stack([gradient_of(policy, s, action) for s in wrong]), dim=1)
-    return (a @ b.T).mean().item()
-
-
-def train_small(form="none", coef=0.3, flip=0.0, rate=0.3, entropy=0.0, cold=0, decoupled=False, steps=1000, seed=0,
-                start=0.10, r_right=0.5, r_wrong=0.5, measure=100):
-    """Exact expected policy gradient on all states (+ coef * classification loss). Returns a dictionary of paths.
-
-    Action 0 is f: right in the first 12 states (r_right better than the others), flawed in the last 4 (r_wrong worse).
-    The policy starts with pi(f) = `start` everywhere. `flip`: share of good/bad labels that are wrong. `cold`: steps of
-    supervised cold start on the right actions.
-    """
-    right, wrong = range(12), range(12, 16)
-    states = similar_states(seed=seed)
-    policy = SmallPolicy(states, seed=seed, decoupled=decoupled)
-    with torch.no_grad():
-        policy.head[:, :policy.K] *= 0.3
-        policy.bias[0] = np.log(start / (1 - start) * (policy.K - 1))
-    reward = torch.zeros(16, policy.K)
-    reward[:12, 0], reward[12:, 0] = r_right, -r_wrong
-    good = (reward == reward.max(1, keepdim=True).values).float()
-    g = torch.Generator().manual_seed(seed + 1)
-    labels = torch.where(torch.rand(good.shape, generator=g) < flip, 1 - good, good)
-    balance = labels / labels.sum() / 2 + (1 - labels) / (1 - labels).sum() / 2   # each class counts half
-    optimizer = torch.optim.SGD(policy.parameters(), lr=rate)
-    for _ in range(cold):
-        optimizer.zero_grad()
-        (-(good / good.sum(1, keepdim=True) * policy.log_policy()).sum(1).mean()).backward()
-        optimizer.step()
-    path = {"flaw": [], "right": [], "rho": [], "at": []}
-    for step in range(steps + 1):
-        log_policy = policy.log_policy()
-        pi = log_policy.exp()
-        path["flaw"].append(pi[12:, 0].mean().item())
-        path["right"].append(pi[:12, 0].mean().item())
-        if step % measure == 0:
-            path["rho"].append(coupling(policy, list(right)[:4], wrong))
-            path["at"].append(step)
-        loss = -(pi * reward).sum(1).mean() + entropy * (pi * log_policy).sum(1).mean()
-        if form != "none":
-            loss = loss + coef * F.binary_cross_entropy_with_logits(policy.classify(form), labels, balance, reduction="sum")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    path["peak"] = max(path["flaw"])
-    below = [i for i, q in enumerate(path["flaw"]) if q > 0.02]
-    path["gone"] = below[-1] + 1 if below and below[-1] < steps else (0 if not below else None)
-    return path
-
-
 def part_3(rng, plt, out, seed):
     print("3. Coupling: f is right in s (q_s = 0.5, r_s = 0.5) and flawed in s' (r' = 0.5)")
     print(f"{'q´ at start':>12} {'edge rho*':>10} | flaw at the end of the first time unit: {'rho* - 0.1':>12} {'rho* + 0.1':>12}   highest later, rho* + 0.1")
@@ -401,25 +293,6 @@ def part_3(rng, plt, out, seed):
     axes[2].set(title="A small network, rho measured", xlabel="update", ylabel="probability, cosine", ylim=(0, 1.03), xscale="symlog")
     axes[2].legend(fontsize=8)
     figure.savefig(os.path.join(out, "3_gradient_coupling.png"), dpi=110)
-
-
-VARIANTS = [  # (name, arguments of train_small)
-    ("policy gradient alone", {}),
-    ("+ generative, lambda 0.03", dict(form="generative", coef=0.03)),
-    ("+ generative, lambda 0.1", dict(form="generative", coef=0.1)),
-    ("+ generative, lambda 0.3", dict(form="generative", coef=0.3)),
-    ("+ value head, lambda 0.03", dict(form="value", coef=0.03)),
-    ("+ value head, lambda 0.1", dict(form="value", coef=0.1)),
-    ("+ value head, lambda 0.3", dict(form="value", coef=0.3)),
-    ("+ value head 0.3, 10% noisy labels", dict(form="value", coef=0.3, flip=0.1)),
-    ("+ value head 0.3, 20% noisy labels", dict(form="value", coef=0.3, flip=0.2)),
-    ("+ value head 0.3, 30% noisy labels", dict(form="value", coef=0.3, flip=0.3)),
-    ("a trunk per action", dict(decoupled=True)),
-    ("learning rate / 5", dict(rate=0.06)),
-    ("+ entropy bonus 0.05", dict(entropy=0.05)),
-    ("+ entropy bonus 0.1", dict(entropy=0.1)),
-    ("stronger cold start", dict(cold=100)),
-]
 
 
 def part_4(rng, plt, out, seed):

@@ -27,6 +27,7 @@ import envs
 from classifier_loss import BAD, GOOD
 from cold_start import QUESTION, load_policy, make_cold_start, save_policy
 from curves import draw
+from env_pool import EnvPool
 from evaluate import evaluate, make_chat, table
 from rollout import TorchEngine, flaw_rates, play
 from update import advantages_of, make_batch, reference_logprobs, update
@@ -106,7 +107,7 @@ def setup(args):
     args.out = args.out or f"runs/{args.env}-{args.classifier}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     games = envs.list_games(args.env, "train", args.games, args.task_types)
     print(f"games   {args.games}, {len(games):,} for training, at most {args.max_steps} steps   (--games, --max-steps)")
-    pool = envs.EnvPool(args.workers)
+    pool = EnvPool(args.workers)
     folder = args.model if args.model != "tiny" else make_cold_start(args, games, pool)
     print(f"model   {folder}   (--model, --cold-start)")
     print(f"engine  {args.engine} on {args.device}, {torch.get_num_threads()} threads   (--engine, --device)")

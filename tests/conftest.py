@@ -11,6 +11,7 @@ torch.set_num_threads(min(2, os.cpu_count()))
 
 import cold_start  # noqa: E402
 import envs  # noqa: E402
+from env_pool import EnvPool  # noqa: E402
 import rollout  # noqa: E402
 
 
@@ -41,7 +42,7 @@ def chat(tokenizer):
 
 @pytest.fixture(scope="session")
 def pool():
-    with envs.EnvPool(2) as pool:
+    with EnvPool(2) as pool:
         yield pool
 
 

@@ -14,6 +14,7 @@ import bench
 import envs
 import houses
 from cold_start import play_expert
+from env_pool import EnvPool
 from rollout import Step, judge
 
 OFFICIAL = envs.official_folder()
@@ -123,7 +124,7 @@ def test_flaws_in_a_real_game():
 
 def test_a_killed_worker_is_replaced_and_its_episodes_go_on():
     games = [envs.generated_game("train", seed) for seed in range(4)]
-    with envs.EnvPool(2) as pool:
+    with EnvPool(2) as pool:
         first = pool.reset(games)
         commands = [(slot, o.admissible[1]) for slot, o in enumerate(first)]
         expected = [pool.step(commands), pool.step([(s, "look") for s in range(4)])]

@@ -6,6 +6,7 @@ import torch
 import envs
 import rollout
 from cold_start import expert_episodes
+from env_pool import EnvPool
 from evaluate import evaluate, summarize, wilson
 
 
@@ -95,7 +96,7 @@ def test_evaluation_does_not_depend_on_the_number_of_workers(model, chat):
     games = envs.list_games("alfworld", "valid_unseen", "generated", count=5)
     engine, results = rollout.TorchEngine(model, chat.eos, max_new_tokens=4), []
     for workers in (1, 3):
-        with envs.EnvPool(workers) as pool:
+        with EnvPool(workers) as pool:
             result, episodes = evaluate(engine, pool, chat, games, max_steps=3)
             results.append((result, [e.tokens for e in episodes]))
     assert results[0] == results[1] and results[0][0]["games"] == 5

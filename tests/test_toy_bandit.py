@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import toy_bandit as toy
+import toy_network as network
 
 
 def enumerate_groups(q, r, p, G):
@@ -96,16 +97,16 @@ def test_the_edge_of_the_danger_zone(q, r_flawed):
 
 def test_measured_coupling_of_equal_and_of_orthogonal_states():
     states = torch.eye(24)[:16]
-    policy = toy.SmallPolicy(torch.cat([states[:1], states[:1], states[1:]]), seed=0)
-    assert toy.coupling(policy, [0], [1]) == pytest.approx(1.0, abs=1e-5)
-    assert toy.coupling(policy, [0], [5]) < 0.9
+    policy = network.SmallPolicy(torch.cat([states[:1], states[:1], states[1:]]), seed=0)
+    assert network.coupling(policy, [0], [1]) == pytest.approx(1.0, abs=1e-5)
+    assert network.coupling(policy, [0], [5]) < 0.9
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_remedy_lowers_rho_and_the_flaw(seed):
     torch.set_num_threads(1)
-    alone = toy.train_small(seed=seed, measure=1000)
+    alone = network.train_small(seed=seed, measure=1000)
     assert alone["peak"] > 0.5 > alone["flaw"][0]
     for form in ("generative", "value"):
-        helped = toy.train_small(form, coef=1.0, seed=seed, measure=1000)
+        helped = network.train_small(form, coef=1.0, seed=seed, measure=1000)
         assert helped["rho"][-1] < alone["rho"][-1] - 0.1 and helped["flaw"][-1] < 0.05

@@ -1,0 +1,151 @@
+"""Worker processes that play a batch of episodes, and survive what happens to worker processes.
+
+    with EnvPool(workers=2) as pool:
+        observations = pool.reset(games)                       # one episode per game, in slots 0, 1, ...
+        observations = pool.step([(0, "look"), (1, "go to desk 1")])
+
+Processes and not threads: TextWorld's parsers are module globals. Requests and replies are pickles over pipes, so a
+worker imports the environments alone, never the training script with its models.
+"""
+
+import os
+import pickle
+import select
+import subprocess
+import sys
+
+import envs
+
+STARTUP = 60.0  # seconds that a new worker may take to import the games' engine
+
+
+def worker():
+    """Serve pickled batches of requests on standard input until it closes. Started by EnvPool."""
+    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get between the replies
+    worlds = {}
+    while True:
+        try:
+            batch = pickle.load(requests)
+        except EOFError:
+            return
+        answers = []
+        for slot, what in batch:
+            try:
+                if isinstance(what, envs.Game):
+                    if slot not in worlds:
+                        worlds[slot] = envs.WORLDS[what.env]()
+                    answers.append(worlds[slot].reset(what))
+                else:
+                    answers.append(worlds[slot].step(what))
+            except envs.BadGame as error:
+                answers.append(error)
+        pickle.dump(answers, replies)
+        replies.flush()
+
+
+class EnvPool:
+    """Plays a batch of episodes, one per slot, in worker processes (TextWorld's parsers are not thread-safe).
+
+    A worker that dies or hangs is replaced, and its episodes are played again up to where they were, by repeating
+    their commands: the games are deterministic, and the last observation is compared. `restarts` counts them.
+    """
+
+    def __init__(self, workers=2, timeout=120.0):
+        self.timeout, self.restarts = timeout, 0
+        self.history = {}  # slot -> [game, command, command, ...]
+        self.last = {}     # slot -> latest Observation
+        self.processes = [self._start() for _ in range(max(1, workers))]
+        self.owner = {}    # slot -> index of its worker
+
+    def _start(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        command = [sys.executable, "-c", "import env_pool; env_pool.worker()"]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+                                cwd=os.path.dirname(os.path.abspath(__file__)))
+
+    def reset(self, games):
+        """Start one episode per game, in slots 0, 1, ...; neighbours share a worker, so that a group shares its memory.
+
+        Returns a list with an Observation, or the BadGame that its game caused, per slot.
+        """
+        share = -(-len(games) // len(self.processes))
+        self.owner = {slot: slot // share for slot in range(len(games))}
+        self.history = {slot: [] for slot in range(len(games))}
+        return self._ask(list(enumerate(games)))
+
+    def step(self, commands):
+        """`commands`: list of (slot, command). Returns the Observations in the same order."""
+        return self._ask(list(commands))
+
+    def _ask(self, requests):
+        by_worker = {}
+        for slot, what in requests:
+            by_worker.setdefault(self.owner[slot], []).append((slot, what))
+        sent = {w: self._send(w, batch) for w, batch in by_worker.items()}  # all workers at once ...
+        answers = {}
+        for w, batch in by_worker.items():                                 # ... then wait for each
+            reply = self._receive(w) if sent[w] else None
+            for _ in range(3):
+                reply = self._revive(w, batch) if reply is None else reply
+            if reply is None:
+                raise RuntimeError(f"an environment worker died four times on {batch[0][1]!r}: see its output above")
+            for (slot, what), answer in zip(batch, reply):
+                self.history[slot].append(what)
+                self.last[slot] = answers[slot] = answer
+        return [answers[slot] for slot, _ in requests]
+
+    def _send(self, w, batch):
+        try:
+            pickle.dump(batch, self.processes[w].stdin)
+            self.processes[w].stdin.flush()
+            return True
+        except OSError:  # a broken pipe: the worker is gone
+            return False
+
+    def _receive(self, w, patience=0.0):
+        """The reply of worker w, or None if it died or says nothing for `timeout` (+ patience) seconds."""
+        pipe = self.processes[w].stdout
+        if not select.select([pipe], [], [], self.timeout + patience)[0]:  # only its first byte can hang
+            return None
+        try:
+            return pickle.load(pipe)
+        except (EOFError, pickle.UnpicklingError, OSError):
+            return None
+
+    def _revive(self, w, batch):
+        """Replace a dead worker, play its unfinished episodes again, and repeat the request that it died on."""
+        self.restarts += 1
+        self._stop(self.processes[w])
+        self.processes[w] = self._start()
+        for slot, past in self.history.items():
+            if self.owner[slot] == w and past and not getattr(self.last[slot], "done", True):
+                if not self._send(w, [(slot, what) for what in past]):
+                    return None
+                replay = self._receive(w, patience=STARTUP)
+                if replay is None:
+                    return None
+                if replay[-1] != self.last[slot]:
+                    raise RuntimeError(f"{past[0].name} did not replay to the same observation after a worker's death")
+        return self._receive(w, patience=STARTUP) if self._send(w, batch) else None
+
+    @staticmethod
+    def _stop(process):
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+    def close(self):
+        for process in self.processes:
+            try:
+                self._stop(process)
+            except OSError:
+                pass
+        self.processes = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
