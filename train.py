@@ -30,7 +30,7 @@ from curves import draw
 from env_pool import EnvPool
 from evaluate import evaluate, make_chat, table
 from rollout import TorchEngine, flaw_rates, play
-from update import advantages_of, make_batch, reference_logprobs, update
+from update import advantages_of, make_batch, reference_logprobs, teach_question, update
 
 
 def parse_arguments():
@@ -70,6 +70,8 @@ def parse_arguments():
     flag("--classifier", default="value", choices=["none", "generative", "value", "both"], help="L_cls")
     flag("--classifier-coef", type=float, default=0.3, help="lambda")
     flag("--labels", default="rules", choices=["rules", "outcome"], help="which steps are good and which bad")
+    flag("--question-warmup", type=int, default=40, help="supervised updates that teach a policy of ours to answer the "
+         "generative classifier's question at all; 0 for models that know such questions")
     flag("--questions", type=int, default=3, help="steps per episode that the generative classifier is asked about")
     # the run
     flag("--eval-games", type=int, default=200, help="games of valid_unseen (and valid_seen) before and after; 0: none")
@@ -206,6 +208,8 @@ def train(args, run, done):
     begin = time.time()
     if done == 0:
         log(args, board, 0, evaluation(args, run, ["valid_unseen"], 0))
+        if run["question"] and args.question_warmup:
+            introduce_question(args, run)
 
     for iteration in range(done + 1, args.iterations + 1):
         seed = args.seed * 1_000_003 + iteration
@@ -267,6 +271,17 @@ def train(args, run, done):
             draw([args.out], os.path.join(args.out, "curves.png"))
     board.close()
     print(f"{(time.time() - begin) / 60:.1f} minutes; curves: {args.out}/curves.png; policy: {checkpoints(args.out)[-1]}")
+
+
+def introduce_question(args, run):
+    """Teach the question on one round of the policy's own episodes, with an optimizer that is thrown away."""
+    games = envs.sample_games(run["games"], args.tasks, args.seed * 1_000_003)
+    episodes, _ = play(run["engine"], run["pool"], run["chat"], games, args.group_size, args.max_steps, args.max_context,
+                       args.seed * 1_000_003)
+    optimizer = torch.optim.AdamW(run["model"].parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    first, last = teach_question(run["model"], optimizer, make_batch(episodes, torch.zeros(len(episodes))), run["question"],
+                                 args.question_warmup, max_tokens=args.micro_tokens, seed=args.seed)
+    print(f"taught the classifier's question: loss {first:.2f} -> {last:.2f} in {args.question_warmup} updates", flush=True)
 
 
 def evaluation(args, run, splits, iteration):

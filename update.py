@@ -136,6 +136,44 @@ def reference_logprobs(model, episodes, temperature, max_tokens):
     return found
 
 
+def branches_of(batch, micro, question):
+    """The questions of a micro-batch, as `forward` takes them; None if there is no generative classifier."""
+    if not question:
+        return None
+    ids, verdicts = question
+    return [[(step.end, ids, verdicts[label]) for step, label, weight in
+             zip(batch.episodes[i].steps, batch.labels[i], batch.question_weight[i]) if weight > 0] for i in micro]
+
+
+def teach_question(model, optimizer, batch, question, updates=40, share=32, max_tokens=8192, seed=0):
+    """Before RL: let a policy that never saw the classifier's question learn to answer it at all.
+
+    A language model knows what "good or bad?" asks for. A policy trained on games alone gives the verdicts a
+    probability of e^-24; then -log pi(verdict) drowns the reward, and what follows the assistant's header becomes a
+    verdict everywhere, in the place of actions too (see EXPERIMENTS.md). So: supervised updates on
+    -log pi(verdict) - log pi(own sampled tokens); the second term keeps the policy where it is.
+    Returns the generative loss of the first and the last update.
+    """
+    model.train()
+    losses, generator = [], torch.Generator().manual_seed(seed)
+    for _ in range(updates):
+        chosen = torch.randperm(len(batch.episodes), generator=generator)[:share].tolist()
+        part = make_batch([batch.episodes[i] for i in chosen], batch.advantages[chosen], "rules", questions_per_episode=3)
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for micro in micro_batches(part.episodes, max_tokens):
+            out = forward(model, [part.episodes[i] for i in micro], branches=branches_of(part, micro, question))
+            weights = torch.tensor([w for i in micro for w in part.question_weight[i] if w > 0])
+            generative = generative_loss(out["verdicts"], weights.to(out["verdicts"].device)) if len(weights) else 0.0
+            own = torch.cat([part.token_weight[i] for i in micro]).to(out["logprobs"].device)
+            (generative - (own * out["logprobs"]).sum()).backward()
+            total += float(generative.detach()) if len(weights) else 0.0
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(total)
+    return losses[0], losses[-1]
+
+
 def update(model, value_head, optimizer, batch, question=None, clip=0.2, kl_coef=0.0, classifier_coef=0.0,
            temperature=1.0, max_tokens=8192, max_norm=1.0):
     """One optimizer step on L = L_GRPO + classifier_coef * (L_generative + L_value). Returns a dictionary of floats.
@@ -159,12 +197,7 @@ def update(model, value_head, optimizer, batch, question=None, clip=0.2, kl_coef
         episodes = [batch.episodes[i] for i in micro]
         device = next(model.parameters()).device
         cat = lambda parts: torch.cat([parts[i] for i in micro]).to(device)
-        branches = None
-        if question:
-            ids, verdicts = question
-            branches = [[(step.end, ids, verdicts[label]) for step, label, w in
-                         zip(batch.episodes[i].steps, batch.labels[i], batch.question_weight[i]) if w > 0] for i in micro]
-        out = forward(model, episodes, temperature, branches, value_head)
+        out = forward(model, episodes, temperature, branches_of(batch, micro, question), value_head)
 
         weights, lengths = cat(batch.token_weight), torch.tensor([sum(e.sampled) for e in episodes])
         advantages = batch.advantages[micro].repeat_interleave(lengths).to(device)              # (N,)
