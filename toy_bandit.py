@@ -290,7 +290,7 @@ def part_3(rng, plt, out, seed):
     axes[2].plot(alone["flaw"], color="#D55E00", label="f where it is flawed")
     axes[2].plot(alone["right"], color="#009E73", ls="--", label="f where it is right")
     axes[2].plot(alone["at"], alone["rho"], "k:", label="measured rho")
-    axes[2].set(title="A small network, rho measured", xlabel="update", ylabel="probability, cosine", ylim=(0, 1.03), xscale="symlog")
+    axes[2].set(title="A small network, rho measured", xlabel="update", ylabel="probability, cosine", ylim=(0, 1.03), xscale="symlog", xlim=(0, 1000))
     axes[2].legend(fontsize=8)
     figure.savefig(os.path.join(out, "3_gradient_coupling.png"), dpi=110)
 
@@ -305,7 +305,7 @@ def part_4(rng, plt, out, seed):
         print(f"{name:36} {path['rho'][0]:9.2f} {path['rho'][-1]:8.2f} {path['peak']:10.3f} {path['flaw'][-1]:9.3f} {path['right'][-1]:10.3f}   {gone}")
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
     styles = [("#000000", "-"), ("#0072B2", "--"), ("#D55E00", "-."), ("#009E73", ":"), ("#CC79A7", (0, (5, 1)))]
-    panels = [("The flaw, with and without the classifier", [0, 2, 3, 5, 6], "flaw"),
+    panels = [("The flaw, with and without the classifier", [0, 1, 3, 4, 6], "flaw"),
               ("The coupling falls most where one classifies", [0, 3, 6, 10, 13], "rho"),
               ("Noisy labels, and what sceptics ask for", [7, 8, 9, 13, 14], "flaw")]
     for axis, (title, chosen, key) in zip(axes, panels):
@@ -315,6 +315,7 @@ def part_4(rng, plt, out, seed):
         axis.set(title=title, xlabel="update", ylabel={"flaw": "probability of the flaw", "rho": "measured rho"}[key], ylim=(0, 1.03))
         axis.legend(fontsize=7)
         axis.set_xscale("symlog", linthresh=10)
+        axis.set_xlim(0, 1000)
     figure.savefig(os.path.join(out, "4_remedy.png"), dpi=110)
 
 
