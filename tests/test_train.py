@@ -25,7 +25,7 @@ def small_policy(tokenizer, tmp_path_factory):
 
 def start(*arguments):
     return subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), *arguments], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+                            stderr=subprocess.STDOUT, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def metrics(folder):

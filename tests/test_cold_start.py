@@ -1,0 +1,52 @@
+"""The careless expert, supervised training, and the question that a policy of ours must be taught."""
+
+import torch
+
+import envs
+import rollout
+from classifier_loss import BAD, GOOD
+from cold_start import QUESTION, cold_start, expert_episodes, play_expert, tiny_model
+from update import make_batch, teach_question
+
+
+def test_careless_experts_still_win_and_their_slips_change_nothing_for_good(pool):
+    games = [envs.generated_game("train", s) for s in range(20)]
+    careful = {g.name: len(turns) for g, turns, _ in play_expert(games, pool)}
+    results = list(play_expert(games, pool, sloppy=0.6, seed=1))
+    assert all(won for *_, won in results)
+    assert sum(len(turns) for _, turns, _ in results) > 1.3 * sum(careful.values())
+    again = list(play_expert(games, pool, sloppy=0.6, seed=1))
+    assert [[t[1] for t in turns] for _, turns, _ in results] == [[t[1] for t in turns] for _, turns, _ in again]
+
+
+def test_supervised_training_learns_the_experts_tokens_and_padding_does_not_count(tokenizer, chat, pool):
+    games = [envs.generated_game("train", s) for s in range(8)]
+    episodes = expert_episodes(games, pool, chat, progress=False)
+    model = tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=0)
+
+    def loss():
+        with torch.no_grad():
+            total = [torch.log_softmax(model(input_ids=torch.tensor([e.tokens])).logits[0], -1) for e in episodes]
+        return -torch.cat([lp[t - 1, e.tokens[t]][None] for lp, e in zip(total, episodes)
+                           for t, s in enumerate(e.sampled) if s]).mean().item()
+
+    before = loss()
+    cold_start(model, episodes, epochs=60, batch=4, lr=1e-2, progress=False)
+    assert loss() < 0.35 * before
+    stopped = tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=0)
+    cold_start(stopped, episodes, epochs=60, batch=4, lr=1e-2, progress=False, stop=1)
+    assert not torch.equal(stopped.lm_head.weight, model.lm_head.weight)
+
+
+def test_teaching_the_question_leaves_the_actions_alone(model, chat, episodes):
+    """The verdicts become likely; the policy's own tokens stay as likely as they were, or nearly."""
+    encode = lambda text: chat.tokenizer.encode(text, add_special_tokens=False)
+    question = (chat.next_prompt(QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    batch = make_batch(episodes, torch.zeros(len(episodes)))
+    first, last = teach_question(model, optimizer, batch, question, updates=40)
+    assert first > 3.0 and last < 1.0
+    from update import reference_logprobs
+    after = torch.cat(reference_logprobs(model, episodes, 1.0, 8192)).mean()
+    assert after > torch.cat(batch.old_logprobs).mean() - 0.1
+    assert isinstance(episodes[0], rollout.Episode)
