@@ -28,14 +28,16 @@ def game_data(game):
 
 
 def record(game, world, seed, expert_steps=30, random_steps=10):
-    """Play the expert, then at random; returns (commands, transcript), the transcript as stock's below."""
+    """Play the expert, then at random; returns (commands, transcript, seconds of all steps), transcript as stock's."""
     from expert import search_expert
-    rng, commands = random.Random(seed), []
+    rng, commands, seconds = random.Random(seed), [], [0.0]
     observation = world.reset(game)
     transcript = [[world.raw, observation.admissible, observation.won]]
 
     def step(command):
+        clock = time.perf_counter()
         observation = world.step(command)
+        seconds[0] += time.perf_counter() - clock
         commands.append(command)
         transcript.append([world.raw, observation.admissible, observation.won])
         return observation
@@ -50,7 +52,7 @@ def record(game, world, seed, expert_steps=30, random_steps=10):
         pass
     for _ in range(random_steps):
         observation = step(rng.choice(observation.admissible + ["open the pod bay doors"]))
-    return commands, transcript
+    return commands, transcript, seconds[0]
 
 
 def stock_main():
@@ -103,13 +105,10 @@ def bench_envs(count=10, group=8):
     games = [games[i] for i in range(0, len(games), max(1, len(games) // count))][:count]
     world = envs.ALFWorld()
     played = [record(game, world, seed=i) for i, game in enumerate(games)]
-    steps = sum(len(commands) for commands, _ in played)
-    resets = step_seconds = first_seconds = 0.0
-    for game, (commands, _) in zip(games, played):
-        envs.ALFWorld()  # a worker holds several environments; each plays another episode of the group
-        clock = time.perf_counter()
+    steps = sum(len(commands) for commands, *_ in played)
+    resets = step_seconds = 0.0
+    for game, (commands, *_) in zip(games, played):
         world.reset(game)
-        first_seconds += time.perf_counter() - clock
         for _ in range(group):
             clock = time.perf_counter()
             world.reset(game)
@@ -118,14 +117,17 @@ def bench_envs(count=10, group=8):
                 clock = time.perf_counter()
                 world.step(command)
                 step_seconds += time.perf_counter() - clock
-    transcripts, stock_reset, stock_step = stock_replay([(game_data(g), c) for g, (c, _) in zip(games, played)])
-    same = all(a == b for a, (_, b) in zip(transcripts, played))
+    transcripts, stock_reset, stock_step = stock_replay([(game_data(g), c) for g, (c, *_) in zip(games, played)])
+    same = all(a == [list(x) for x in b] for a, (_, b, _) in zip(transcripts, played))
     kind = "official" if isinstance(games[0].source, str) else "generated"
-    ours = step_seconds / (steps * group)
     print(f"\nALFWorld, {len(games)} {kind} games, {steps} steps, one core   (identical transcripts: {same})")
-    print(f"  step             stock {1000 * stock_step / steps:8.2f} ms   here {1000 * ours:8.2f} ms   ratio {stock_step / steps / ours:6.1f}")
+    for name, seconds in (("step, first episode", sum(t for *_, t in played) / steps),
+                          ("step, later in a group", step_seconds / (steps * group))):
+        print(f"  {name:24} stock {1000 * stock_step / steps:8.2f} ms   here {1000 * seconds:8.2f} ms   "
+              f"ratio {stock_step / steps / seconds:6.1f}")
     reset = resets / (len(games) * group)
-    print(f"  reset in a group stock {1000 * stock_reset / len(games):8.2f} ms   here {1000 * reset:8.2f} ms   ratio {stock_reset / len(games) / reset:6.1f}")
+    print(f"  {'reset inside a group':24} stock {1000 * stock_reset / len(games):8.2f} ms   here {1000 * reset:8.2f} ms   "
+          f"ratio {stock_reset / len(games) / reset:6.1f}")
 
 
 # ------------------------------------------------------------------------------------------- playing and updating

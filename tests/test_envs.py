@@ -66,8 +66,8 @@ def test_splits_use_different_houses():
 def replay(games, processes=2):
     world = envs.ALFWorld()
     played = [bench.record(game, world, seed=i) for i, game in enumerate(games)]
-    stock, _, _ = bench.stock_replay([(bench.game_data(g), c) for g, (c, _) in zip(games, played)], processes)
-    for game, (commands, ours), theirs in zip(games, played, stock):
+    stock, _, _ = bench.stock_replay([(bench.game_data(g), c) for g, (c, *_) in zip(games, played)], processes)
+    for game, (commands, ours, _), theirs in zip(games, played, stock):
         assert len(ours) == len(commands) + 1 > 10
         for a, b in zip(ours, theirs):
             assert list(a) == b, game.name
