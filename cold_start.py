@@ -1,6 +1,8 @@
 """The tiny policy and its supervised cold start on expert episodes.
 
-    python cold_start.py --out policies/tiny --episodes 24000 --epochs 3 --stop-step 750   # the one in the repository
+    # the policy in the repository: first to see, then to act like a careless expert (27% of valid_unseen)
+    python cold_start.py --out policies/first --episodes 24000 --epochs 3 --stop-step 750
+    python cold_start.py --out policies/tiny --init policies/first --sloppy 0.5 --episodes 7000 --epochs 2 --lr 1.5e-3 --seed 1
     python cold_start.py --out policies/official --games official --init policies/tiny --episodes 1000 --lr 5e-4
 
 **The policy** is an ordinary Hugging Face folder: Qwen2 architecture, untied embeddings, a tokenizer trained on the

@@ -141,8 +141,8 @@ def part_1(rng, plt, out):
 def flow(policy, r):
     """d pi / dt under the exact policy gradient, for (..., K) policies and (K,) losses r of success probability.
 
-    Logits follow the gradient of V = -sum_k pi_k r_k (up to a constant), dz_k/dt = pi_k A_k with A_k = V - (-r_k)
-    reversed in sign: A_k = sum_j pi_j r_j - r_k. Softmax then gives d pi_k/dt = pi_k (pi_k A_k - sum_j pi_j^2 A_j).
+    The value is V = p - sum_j pi_j r_j, and action k alone is worth p - r_k, so A_k = (p - r_k) - V = sum_j pi_j r_j - r_k.
+    Logits follow dz_k/dt = pi_k A_k; softmax then gives d pi_k/dt = pi_k (pi_k A_k - sum_j pi_j^2 A_j).
 
     >>> bool(flow([0.01, 0.19, 0.80], [0.0, 1.0, 0.1])[0] < 0)   # the good action shrinks, for a while
     True

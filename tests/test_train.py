@@ -64,7 +64,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(small_policy, tmp_path):
 
 def test_metrics_have_what_the_readme_promises(small_policy, tmp_path):
     out = str(tmp_path / "run")
-    run = start("--model", small_policy, "--out", out, *SMALL, "--labels", "outcome")
+    run = start("--model", small_policy, "--out", out, *SMALL)
     head = [run.stdout.readline() for _ in range(6)]
     run.communicate()
     assert [line.split()[0] for line in head] == ["games", "model", "engine", "update", "loss", "output"]
@@ -73,7 +73,8 @@ def test_metrics_have_what_the_readme_promises(small_policy, tmp_path):
     assert rows[0]["eval_valid_unseen"]["games"] == 3 and rows[4]["eval_valid_seen"]["games"] == 3
     wanted = {"success", "reward", "malformed", "inadmissible", "no_effect", "repeated", "groups_without_signal",
               "policy_loss", "generative_loss", "value_loss", "kl", "clip_fraction", "entropy", "tokens"}
-    assert all(wanted - {"generative_loss", "value_loss"} <= set(row) for row in rows[1:])
+    assert all(wanted - {"generative_loss"} <= set(row) for row in rows[1:])
+    assert any("accuracy_bad" in row and "generative_loss" in row and "accuracy_value_bad" in row for row in rows[1:])
 
 
 @pytest.mark.parametrize("arguments, message", [
