@@ -1,7 +1,7 @@
 """Speeds as ratios, measured side by side in one run: machines differ and are noisy, ratios less so.
 
     python bench.py                 # everything, some 5 minutes on two cores
-    python bench.py --only envs     # the environment against stock ALFWorld
+    python bench.py --only envs     # the environments against stock ALFWorld and ScienceWorld
 
 Nothing here is asserted anywhere: it is measured, printed, and quoted in README.md with the machine it ran on.
 """
@@ -103,7 +103,7 @@ def bench_envs(count=10, group=8):
     import envs
     games = envs.list_games("alfworld", "valid_unseen", "auto", warn=lambda line: None)
     games = [games[i] for i in range(0, len(games), max(1, len(games) // count))][:count]
-    world = envs.ALFWorld()
+    world = envs.make_world("alfworld")
     played = [record(game, world, seed=i) for i, game in enumerate(games)]
     steps = sum(len(commands) for commands, *_ in played)
     resets = step_seconds = 0.0
@@ -130,6 +130,47 @@ def bench_envs(count=10, group=8):
           f"ratio {stock_reset / len(games) / reset:6.1f}")
 
 
+# ------------------------------------------------------------------------------ ScienceWorld, stock and leanly stepped
+
+def bench_scienceworld(steps=15):
+    """Steps per second of one environment against the stock package, on the gold paths of a game of each task."""
+    import envs
+    from scienceworld_engine import SAME_ORDER, find_java
+    os.environ["PATH"] += os.pathsep + os.path.dirname(find_java())  # the stock package wants `java` there
+    os.environ["JAVA_TOOL_OPTIONS"] = " ".join(SAME_ORDER)  # lists in the same order, so that transcripts can be compared
+    from scienceworld import ScienceWorldEnv
+    stock, world = ScienceWorldEnv(envStepLimit=10_000), envs.make_world("scienceworld")
+    tasks = [task for task in envs.VARIATIONS if not task.startswith("mendelian")]  # their gold paths take ten seconds each
+    games = [envs.list_games("scienceworld", "test", task_types=[task])[0] for task in tasks]
+    for game in [games[0], *games]:
+        if game is games[0]:  # twice: the first time warms both Java machines up
+            seconds, same, done = {"stock": 0.0, "here": 0.0, "stock reset": 0.0, "here reset": 0.0}, True, 0
+        path = world.gold_path(game)[:steps]
+        clock = time.perf_counter()
+        stock.load(*game.source, "easy")
+        seen = [stock.reset()[0]]
+        seconds["stock reset"] += time.perf_counter() - clock
+        for command in path:
+            clock = time.perf_counter()
+            seen.append(stock.step(command)[0])
+            seconds["stock"] += time.perf_counter() - clock
+        clock = time.perf_counter()
+        world.reset(game)
+        seconds["here reset"] += time.perf_counter() - clock
+        ours = [world.raw]
+        for command in path:
+            clock = time.perf_counter()
+            world.step(command)
+            seconds["here"] += time.perf_counter() - clock
+            ours.append(world.raw)
+        same, done = same and seen == ours, done + len(path)
+    stock.close()
+    print(f"\nScienceWorld, {len(tasks)} games, {done} steps, one core   (identical observations: {same})")
+    for name, a, b, n in (("step", "stock", "here", done), ("reset", "stock reset", "here reset", len(tasks))):
+        print(f"  {name:24} stock {1000 * seconds[a] / n:8.2f} ms   here {1000 * seconds[b] / n:8.2f} ms   "
+              f"ratio {seconds[a] / seconds[b]:6.1f}")
+
+
 # ------------------------------------------------------------------------------------------- playing and updating
 
 def bench_loop(model_folder, tasks=16, group=8, repeats=3):
@@ -138,9 +179,8 @@ def bench_loop(model_folder, tasks=16, group=8, repeats=3):
 
     import envs
     from classifier_loss import BAD, GOOD
-    from cold_start import QUESTION, load_policy
+    from policy import QUESTION, load_policy, make_chat
     from env_pool import EnvPool
-    from evaluate import make_chat
     from rollout import Episode, TorchEngine, play
     from update import advantages_of, make_batch, update
 
@@ -205,5 +245,6 @@ if __name__ == "__main__":
     else:
         if args.only in (None, "envs"):
             bench_envs()
+            bench_scienceworld()
         if args.only in (None, "loop"):
             bench_loop(args.model)

@@ -53,12 +53,12 @@ def draw(folders, out, names=None):
                     axis.plot(xs, smooth(ys), color=COLORS[k % 7], linestyle=STYLES[k % 7], label=prefix + label)
                     k += 1
             if title == "success":
-                for split in ("valid_unseen", "valid_seen"):
+                for split in ("L0", "L1", "L2"):
                     marks = [(row["iteration"], row[f"eval_{split}"]) for row in rows if f"eval_{split}" in row]
                     if marks:
                         xs, ys = [x for x, _ in marks], [m["success"] for _, m in marks]
                         error = [[m["success"] - m["low"] for _, m in marks], [m["high"] - m["success"] for _, m in marks]]
-                        axis.errorbar(xs, ys, error, fmt="os"[split == "valid_seen"], capsize=4, color=COLORS[(k + 1) % 7],
+                        axis.errorbar(xs, ys, error, fmt="o" if split == "L1" else "s", capsize=4, color=COLORS[(k + 1) % 7],
                                       label=f"{prefix}{split}, 95% interval", markersize=5)
                         k += 1
         axis.set(title=title, xlabel="iteration")

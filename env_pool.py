@@ -3,6 +3,7 @@
     with EnvPool(workers=2) as pool:
         observations = pool.reset(games)                       # one episode per game, in slots 0, 1, ...
         observations = pool.step([(0, "look"), (1, "go to desk 1")])
+        commands = pool.admissible([0])                        # where an Observation does not bring them
 
 Processes and not threads: TextWorld's parsers are module globals. Requests and replies are pickles over pipes, so a
 worker imports the environments alone, never the training script with its models.
@@ -11,6 +12,7 @@ worker imports the environments alone, never the training script with its models
 import os
 import pickle
 import select
+import signal
 import subprocess
 import sys
 
@@ -20,10 +22,14 @@ STARTUP = 60.0  # seconds that a new worker may take to import the games' engine
 
 
 def worker():
-    """Serve pickled batches of requests on standard input until it closes. Started by EnvPool."""
+    """Serve pickled batches of requests on standard input until it closes. Started by EnvPool.
+
+    A request is (slot, what): a Game (reset to it), a string (a command), or (method, argument, ...) of the world.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which finishes its write and closes us
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get between the replies
-    worlds = {}
+    worlds, env_of = {}, {}  # (env, slot) -> world; slot -> env
     while True:
         try:
             batch = pickle.load(requests)
@@ -31,15 +37,26 @@ def worker():
             return
         answers = []
         for slot, what in batch:
+            game = what if isinstance(what, envs.Game) else what[1] if what[0] == "gold_path" else None
             try:
+                if game is not None:
+                    env_of[slot] = game.env
+                    if (game.env, slot) not in worlds:
+                        worlds[game.env, slot] = envs.make_world(game.env)
+                world = worlds[env_of[slot], slot]
                 if isinstance(what, envs.Game):
-                    if slot not in worlds:
-                        worlds[slot] = envs.WORLDS[what.env]()
-                    answers.append(worlds[slot].reset(what))
+                    answers.append(world.reset(what))
+                elif isinstance(what, str):
+                    answers.append(world.step(what))
                 else:
-                    answers.append(worlds[slot].step(what))
+                    answers.append(getattr(world, what[0])(*what[1:]))
             except envs.BadGame as error:
                 answers.append(error)
+            except Exception as error:
+                if type(error).__module__.startswith("py4j"):
+                    # Without its Java machine this process is of no use. EnvPool replaces it and plays again.
+                    sys.exit(f"env_pool.py: lost the Java machine ({type(error).__name__}: {error})")
+                raise
         pickle.dump(answers, replies)
         replies.flush()
 
@@ -52,14 +69,14 @@ class EnvPool:
     """
 
     def __init__(self, workers=2, timeout=120.0):
-        self.timeout, self.restarts = timeout, 0
+        self.timeout, self.restarts, self.size = timeout, 0, max(1, workers)
         self.history = {}  # slot -> [game, command, command, ...]
         self.last = {}     # slot -> latest Observation
-        self.processes = [self._start() for _ in range(max(1, workers))]
+        self.processes = [self._start() for _ in range(self.size)]
         self.owner = {}    # slot -> index of its worker
 
     def _start(self):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "ENV_POOL_WORKERS": str(self.size)}
         command = [sys.executable, "-c", "import env_pool; env_pool.worker()"]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
                                 cwd=os.path.dirname(os.path.abspath(__file__)))
@@ -69,14 +86,26 @@ class EnvPool:
 
         Returns a list with an Observation, or the BadGame that its game caused, per slot.
         """
-        share = -(-len(games) // len(self.processes))
-        self.owner = {slot: slot // share for slot in range(len(games))}
-        self.history = {slot: [] for slot in range(len(games))}
+        self._assign(len(games))
         return self._ask(list(enumerate(games)))
 
     def step(self, commands):
         """`commands`: list of (slot, command). Returns the Observations in the same order."""
         return self._ask(list(commands))
+
+    def admissible(self, slots):
+        """The sorted admissible commands in these slots, a list for each."""
+        return self._ask([(slot, ("admissible",)) for slot in slots])
+
+    def gold_paths(self, games):
+        """ScienceWorld's own solutions: for each game a list of commands, or the BadGame. Ends all episodes."""
+        self._assign(len(games))
+        return self._ask([(slot, ("gold_path", game)) for slot, game in enumerate(games)])
+
+    def _assign(self, count):
+        share = -(-count // len(self.processes))
+        self.owner = {slot: slot // share for slot in range(count)}
+        self.history = {slot: [] for slot in range(count)}
 
     def _ask(self, requests):
         by_worker = {}
@@ -85,14 +114,16 @@ class EnvPool:
         sent = {w: self._send(w, batch) for w, batch in by_worker.items()}  # all workers at once ...
         answers = {}
         for w, batch in by_worker.items():                                 # ... then wait for each
-            reply = self._receive(w) if sent[w] else None
+            reply = self._receive(w, patience=len(batch)) if sent[w] else None
             for _ in range(3):
                 reply = self._revive(w, batch) if reply is None else reply
             if reply is None:
                 raise RuntimeError(f"an environment worker died four times on {batch[0][1]!r}: see its output above")
             for (slot, what), answer in zip(batch, reply):
-                self.history[slot].append(what)
-                self.last[slot] = answers[slot] = answer
+                answers[slot] = answer
+                if isinstance(what, (envs.Game, str)):
+                    self.history[slot].append(what)
+                    self.last[slot] = answer
         return [answers[slot] for slot, _ in requests]
 
     def _send(self, w, batch):
@@ -103,8 +134,8 @@ class EnvPool:
         except OSError:  # a broken pipe: the worker is gone
             return False
 
-    def _receive(self, w, patience=0.0):
-        """The reply of worker w, or None if it died or says nothing for `timeout` (+ patience) seconds."""
+    def _receive(self, w, patience):
+        """The reply of worker w, or None if it died or says nothing for `timeout` + patience seconds."""
         pipe = self.processes[w].stdout
         if not select.select([pipe], [], [], self.timeout + patience)[0]:  # only its first byte can hang
             return None

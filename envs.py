@@ -1,58 +1,88 @@
 """Text games behind one small interface: `reset(game)` and `step(command)`, each answering an `Observation`.
 
-What stands here: the list of games of a split (official ALFWorld games where their data is found, generated houses
-otherwise) and ALFWorld on TextWorld's real `PddlEnv`. Batches of episodes are played in worker processes: env_pool.py.
+What stands here: which games there are, in which split and at which level of generalisation. The engines that play them
+are alfworld_engine.py and scienceworld_engine.py; batches of episodes are played in worker processes: env_pool.py.
 No model is known here.
 
-    world = ALFWorld()
-    observation = world.reset(list_games("alfworld", "valid_unseen", games="generated")[0])
-    observation = world.step("go to shelf 1")
+    games = level_games("scienceworld", "L1", "test")     # every game of the level's test, once, in a fixed order
+    world = make_world("scienceworld")
+    observation = world.reset(games[0])
+    observation = world.step("teleport to kitchen")
 
-**Speed.** Stock ALFWorld translates the same PDDL problem four times a reset and parses the same grammar snippets at
-every step. All of that is a pure function of its text, so we remember it: `bench.py` measures the ratio, and
-`tests/test_envs.py` replays games on both and compares every observation and every list of admissible commands.
+**Levels** (what an agent is tested on, from easy to hard):
+    L0  new episodes of what was trained    ALFWorld valid_seen      ScienceWorld dev variations of the trained tasks
+    L1  new houses, new variations          ALFWorld valid_unseen    ScienceWorld test variations of the trained tasks
+    L2  new kinds of task                   ALFWorld: trained on task types 1-4, tested on 5 and 6 of valid_unseen
+                                            ScienceWorld: trained without ten tasks, tested on their test variations
 """
 
-import copy
-import functools
-import hashlib
 import json
 import os
 import random
-import re
-import struct
-import tempfile
 from typing import NamedTuple
 
 import houses
 
+ENVS = ("alfworld", "scienceworld")
+LEVELS = ("L0", "L1", "L2")
+SPLITS = {"alfworld": houses.SPLITS, "scienceworld": ("train", "dev", "test")}
+MAX_STEPS = {"generated": 20, "official": 50, "simulator": 30, "short": 15}
 TASK_TYPES = houses.TASK_TYPES
 GENERATED_COUNT = {"train": 1_000_000, "valid_seen": 200, "valid_unseen": 200}
-# Facts that change while one plays. `checked` is left out: the engine sets it when the agent merely looks.
-DYNAMIC = {"atlocation", "inreceptacle", "opened", "holds", "isclean", "ishot", "iscool", "ison", "istoggled", "issliced"}
-WELCOME = "-= Welcome to TextWorld, ALFRED! =-\n\n"
+# ScienceWorld 1.2.3: how many variations each task has. tests/test_scienceworld.py asks the simulator.
+VARIATIONS = {
+    "boil": 30, "change-the-state-of-matter-of": 30, "chemistry-mix": 32, "chemistry-mix-paint-secondary-color": 36,
+    "chemistry-mix-paint-tertiary-color": 36, "find-animal": 300, "find-living-thing": 300, "find-non-living-thing": 300,
+    "find-plant": 300, "freeze": 30, "grow-fruit": 126, "grow-plant": 126, "identify-life-stages-1": 14,
+    "identify-life-stages-2": 10, "inclined-plane-determine-angle": 168, "inclined-plane-friction-named-surfaces": 1386,
+    "inclined-plane-friction-unnamed-surfaces": 162, "lifespan-longest-lived": 125,
+    "lifespan-longest-lived-then-shortest-lived": 125, "lifespan-shortest-lived": 125,
+    "measure-melting-point-known-substance": 436, "measure-melting-point-unknown-substance": 300, "melt": 30,
+    "mendelian-genetics-known-plant": 120, "mendelian-genetics-unknown-plant": 480, "power-component": 20,
+    "power-component-renewable-vs-nonrenewable-energy": 20, "test-conductivity": 900,
+    "test-conductivity-of-unknown-substances": 600, "use-thermometer": 540}
+HELD_OUT = (  # level L2 of ScienceWorld: never trained ...
+    "change-the-state-of-matter-of", "chemistry-mix-paint-tertiary-color", "find-plant", "grow-plant",
+    "identify-life-stages-2", "inclined-plane-friction-unnamed-surfaces", "lifespan-longest-lived-then-shortest-lived",
+    "measure-melting-point-unknown-substance", "mendelian-genetics-unknown-plant", "test-conductivity-of-unknown-substances")
+NEITHER = ("use-thermometer",)  # ... and this one neither trained nor tested there
+# Tasks with solutions of five to ten steps, which a policy of a million parameters can learn; the last two are held out.
+SHORT = ("find-animal", "find-living-thing", "find-non-living-thing", "lifespan-longest-lived", "lifespan-shortest-lived",
+         "find-plant", "lifespan-longest-lived-then-shortest-lived")
 
 
 class Game(NamedTuple):
-    """One task instance: a file (official) or a number (generated). Sorts, hashes and pickles small."""
+    """One task instance. Sorts, hashes and pickles small."""
     env: str
     split: str
     name: str
     task_type: str
-    source: object  # str: path of a game.tw-pddl; int: seed of a generated house
+    source: object  # ALFWorld: path of a game.tw-pddl, or seed of a generated house; ScienceWorld: (task, variation)
 
 
 class Observation(NamedTuple):
     text: str
-    admissible: list  # of str, sorted
-    state: int        # digest of the world's state: equal digests, equal states
-    reward: float     # 1.0 at the step that wins
+    admissible: list        # of str, sorted; None where it is too dear to ask for at every step (ScienceWorld)
+    state: int              # digest of the world's state: equal digests, equal states
+    reward: float           # of this step; an episode's reward is their sum
     won: bool
     done: bool
+    accepted: bool = True   # whether the world allowed the command that led here
+    effect: bool = True     # whether that command changed anything (ScienceWorld: or told anything new)
+    score: int = None       # ScienceWorld: 0 to 100, -100 after a fatal mistake
 
 
 class BadGame(ValueError):
     """A game that cannot be played; the message names it."""
+
+
+def make_world(env):
+    """A new environment that plays any game of `env`, one after the other. Imports its engine only now."""
+    if env == "alfworld":
+        from alfworld_engine import ALFWorld
+        return ALFWorld()
+    from scienceworld_engine import ScienceWorld
+    return ScienceWorld()
 
 
 # ---------------------------------------------------------------------------------------------------------- the games
@@ -63,8 +93,12 @@ def official_folder():
     return folder if os.path.isdir(folder) else None
 
 
-def choose_games(games):
-    """"auto" becomes "official" where ALFWorld's data is found, else "generated"."""
+def choose_games(games, env="alfworld"):
+    """"auto" becomes "official" where ALFWorld's data is found, else "generated". ScienceWorld: always "simulator"."""
+    if env == "scienceworld":
+        if games not in ("auto", "simulator"):
+            raise ValueError(f"--games {games} is ALFWorld's: ScienceWorld's games come with its simulator")
+        return "simulator"
     if games == "auto":
         return "official" if official_folder() else "generated"
     if games == "official" and not official_folder():
@@ -95,18 +129,22 @@ def list_games(env="alfworld", split="train", games="auto", task_types=None, cou
     """Every game of a split, once, in an order that depends on nothing but the games' names.
 
     Args:
-        split: "train", "valid_seen" or "valid_unseen".
-        games: "official", "generated" or "auto".
-        task_types: numbers (1-6) or names of ALFWorld's task types to keep; None keeps all.
-        count: the first so many games only (generated: how many seeds; None: the split's usual number).
+        split: see SPLITS.
+        games: ALFWorld's: "official", "generated" or "auto".
+        task_types: names of the task types to keep (ALFWorld: or numbers, 1-6); None keeps all.
+        count: so many games only: official the first, generated so many seeds, ScienceWorld evenly over its tasks.
         warn: called with one line that names what was skipped, and how many.
     """
-    if split not in houses.SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose from {', '.join(houses.SPLITS)}")
-    wanted = {name for name, number in TASK_TYPES.items() if not task_types or name in task_types or number in task_types}
+    if split not in SPLITS[env]:
+        raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS[env])}")
+    wanted = named_task_types(env, task_types)
+    if env == "scienceworld":
+        found = [Game(env, split, f"{task}/{variation}", task, (task, variation))
+                 for task in sorted(wanted) for variation in variations(task, split)]
+        return found[:count] if not count or count >= len(found) else [found[i * len(found) // count] for i in range(count)]
     if choose_games(games) == "generated":
         # A seed's task type is known only after drawing it, so lists of millions stay lazy: names come when played.
-        if wanted == set(TASK_TYPES):
+        if wanted == list(TASK_TYPES):
             numbers = range(count or GENERATED_COUNT[split])
             return LazyGames(split, numbers)
         found = (generated_game(split, seed) for seed in range(GENERATED_COUNT[split]))
@@ -130,6 +168,65 @@ def list_games(env="alfworld", split="train", games="auto", task_types=None, cou
     if not playable:
         raise FileNotFoundError(f"no playable games of {split} in {root}")
     return playable
+
+
+def named_task_types(env, task_types=None):
+    """Names of task types, from names or ALFWorld's numbers; None is all. Raises ValueError for an unknown one.
+
+    >>> named_task_types("alfworld", [1, "5"])
+    ['pick_and_place_simple', 'pick_cool_then_place_in_recep']
+    """
+    known = TASK_TYPES if env == "alfworld" else {name: name for name in VARIATIONS}
+    wanted = {str(t) for t in task_types or known}
+    unknown = wanted - {str(x) for pair in known.items() for x in pair}
+    if unknown:
+        raise ValueError(f"unknown task type {sorted(unknown)[0]!r} of {env}: choose from " +
+                         ", ".join(f"{number} ({name})" if name != number else name for name, number in known.items()))
+    return [name for name, number in known.items() if name in wanted or str(number) in wanted]
+
+
+def variations(task, split):
+    """The task's variations in a split: the first half, the next quarter, the rest (quarters rounded down).
+
+    >>> [len(variations("boil", split)) for split in ("train", "dev", "test")]
+    [14, 7, 9]
+    """
+    quarter = VARIATIONS[task] // 4
+    return {"train": range(2 * quarter), "dev": range(2 * quarter, 3 * quarter),
+            "test": range(3 * quarter, VARIATIONS[task])}[split]
+
+
+def level_task_types(env, level, part, task_types=None):
+    """Task types that `part` ("train" or "test") of a level may show. task_types: None for all, ["short"], or names."""
+    held_out = ("pick_cool_then_place_in_recep", "pick_two_obj_and_place") if env == "alfworld" else HELD_OUT
+    short = list(task_types or []) == ["short"]
+    if short and env == "alfworld":
+        raise ValueError("--task-types short is ScienceWorld's: ALFWorld's types are 1 to 6")
+    wanted = named_task_types(env, SHORT if short else task_types)
+    if level == "L2" and part == "test":
+        allowed = held_out
+    elif level == "L2" or short:  # the short tasks that are held out never enter training: one policy serves all levels
+        allowed = [t for t in wanted if t not in held_out and not (env == "scienceworld" and t in NEITHER)]
+    else:
+        allowed = wanted
+    found = [t for t in wanted if t in allowed]
+    if not found:
+        raise ValueError(f"none of the chosen --task-types is {'tested' if part == 'test' else 'trained'} at level {level}")
+    return found
+
+
+def max_steps(games, task_types=None):
+    """Steps per episode unless told otherwise: by the kind of games ("generated", "official", "simulator")."""
+    return MAX_STEPS["short" if list(task_types or []) == ["short"] else games]
+
+
+def level_games(env, level, part, games="auto", task_types=None, count=None, warn=print):
+    """The games that a level trains on (part "train") or is tested on ("test"), in `list_games`' order."""
+    if level not in LEVELS:
+        raise ValueError(f"unknown level {level!r}: choose from {', '.join(LEVELS)}")
+    tested = SPLITS[env][1] if level == "L0" else SPLITS[env][2]
+    types = level_task_types(env, level, part, task_types)
+    return list_games(env, "train" if part == "train" else tested, games, types, count, warn)
 
 
 def _take(iterable, n):
@@ -160,141 +257,3 @@ class LazyGames:
 def sample_games(games, n, seed):
     """`n` distinct games drawn with a seed; the draw depends on the seed and the list alone."""
     return [games[i] for i in random.Random(seed).sample(range(len(games)), min(n, len(games)))]
-
-
-# ----------------------------------------------------------------------------------------------------------- ALFWorld
-
-@functools.lru_cache(maxsize=None)
-def remember_pure_work():
-    """Give TextWorld a memory, once per process. Returns the engine class built on it.
-
-    Everything remembered is a function of its arguments alone: the translation of a PDDL problem, the parse of a
-    grammar snippet or query. Deep copies become shallow ones where the copied values are never changed in place.
-    """
-    import fast_downward
-    import textworld
-    from textworld.envs.pddl import PddlEnv, logic, textgen
-
-    # 1. PDDL -> SAS, the bulk of a reset. The optimised second translation only serves the planner, which nobody asks.
-    translate = functools.lru_cache(maxsize=64)(fast_downward.pddl2sas)
-    fast_downward.pddl2sas = lambda domain, problem, verbose=False, optimize=False: \
-        (None, "") if optimize else translate(domain, problem)
-    # 2. Grammar snippets and queries, the bulk of a step. `list`: callers append to what they get.
-    parse = functools.lru_cache(maxsize=100_000)(textgen._parse_and_convert)
-    textgen._parse_and_convert = lambda text, **keywords: list(parse(text, **keywords))
-    # A game's whole grammar differs from the next one's in the task sentence alone: parse it once without.
-    parse_grammar = functools.lru_cache(maxsize=64)(logic._parse_and_convert)
-
-    def grammar_of(text, **keywords):
-        found = re.search(r'"(Your task is to: [^"]*)"', text)
-        if not found:
-            return parse_grammar(text, **keywords)
-        actions, shared = parse_grammar(text.replace(found[0], '"Your task is to: UNKNOWN GOAL."'), **keywords)
-        grammar = textgen.ContextSensitiveGrammar()
-        grammar.update(shared)
-        sentence = textgen._parse_and_convert(json.loads(found[0]), rule_name="symbols")
-        grammar._rules["task"] = [textgen.ProductionRule("task", sentence, condition="")]
-        return actions, grammar
-
-    logic._parse_and_convert = grammar_of
-    query = functools.lru_cache(maxsize=10_000)(textworld.logic.Rule.parse_conjunctive_query)
-    textgen.Rule = type("Rule", (), {"parse_conjunctive_query": staticmethod(query)})
-    # 3. Contexts: the dictionaries are extended by the receiver, their values never are.
-    textgen.copy_context = lambda c: {**c, "variables": dict(c["variables"]), "mapping": dict(c["mapping"])}
-    textgen.deepcopy = lambda x: [copy.copy(y) for y in x] if isinstance(x, list) else copy.copy(x)
-    # 4. Each environment maps its own copy of the planner's library: 34 MB, of which 1.1 MB is ever loaded.
-    fast_downward.interface.DOWNWARD_LIB_PATH = _stripped(fast_downward.interface.DOWNWARD_LIB_PATH)
-
-    class Engine(PddlEnv):
-        """`PddlEnv` that keeps the loaded game, and the command of each grounded operator."""
-
-        def load(self, data):
-            if getattr(self, "_loaded", None) == data["pddl_problem"] + data["grammar"]:
-                return  # the same game again, as in a group: reset() is enough
-            super().load(data)
-            self._loaded, self._commands = data["pddl_problem"] + data["grammar"], {}
-
-        def _gather_infos(self):
-            """As in PddlEnv, without what is not used; a command depends on its operator and constant facts alone."""
-            self.state["won"], self.state["lost"] = self._pddl_state.check_goal(), False
-            self.state["_valid_actions"] = self._pddl_state.all_applicable_actions()
-            self.state["_valid_commands"] = [self._command(a) for a in self.state["_valid_actions"]]
-            self.state["admissible_commands"] = sorted(set(self.state["_valid_commands"]))
-
-        def _command(self, action):
-            if action.id not in self._commands:
-                context = {"state": self._pddl_state, "facts": (), "entity_infos": self._entity_infos,
-                           "variables": {p.name: self._entity_infos[v.name] for p, v in action.mapping.items()},
-                           "mapping": action.mapping}
-                action.command_template = self._logic.grammar.derive(action.command_template, context)
-                names = {key: info.name for key, info in self._entity_infos.items()}
-                self._commands[action.id] = action.format_command(names)
-            return self._commands[action.id]
-
-    return Engine
-
-
-def _stripped(path):
-    """A copy of a shared library without its symbol tables (34 MB -> 1.1 MB); the original where that fails.
-
-    The loader reads program headers alone: cut the file after the last segment, and forget the section table.
-    """
-    target = os.path.join(tempfile.gettempdir(), f"libdownward-{os.path.getsize(path)}-{os.getuid()}.so")
-    try:
-        if not os.path.exists(target):
-            with open(path, "rb") as file:
-                image = bytearray(file.read())
-            if image[:5] != b"\x7fELF\x02":  # 64-bit ELF only; macOS has another format
-                return path
-            table, = struct.unpack_from("<Q", image, 32)
-            size, count = struct.unpack_from("<HH", image, 54)
-            segments = [struct.unpack_from("<IIQQQQ", image, table + i * size) for i in range(count)]
-            image = image[:max(offset + length for _, _, offset, _, _, length in segments)]
-            struct.pack_into("<Q", image, 40, 0)         # e_shoff
-            struct.pack_into("<HHH", image, 58, 0, 0, 0)  # e_shentsize, e_shnum, e_shstrndx
-            with tempfile.NamedTemporaryFile(dir=os.path.dirname(target), delete=False) as file:
-                file.write(image)
-            os.replace(file.name, target)  # atomic: workers start at the same time
-        return target
-    except OSError:
-        return path
-
-
-class ALFWorld:
-    """One ALFWorld environment: any game, one after the other (the engine object is kept; it is never given back)."""
-
-    def __init__(self):
-        engine_class = remember_pure_work()
-        import textworld
-        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
-        self._engine = engine_class(textworld.EnvInfos(won=True, admissible_commands=True))
-        self._env = AlfredDemangler(self._engine)
-
-    def reset(self, game):
-        """Load a `Game` and return its first observation. Raises BadGame where the engine cannot play it."""
-        try:
-            if isinstance(game.source, int):
-                data = houses.generate(game.split, game.source)
-            else:
-                with open(game.source) as file:
-                    data = json.load(file)
-            self._env.load(data)
-            return self._observe(self._env.reset())
-        except Exception as error:  # whatever a broken file makes the translator raise
-            raise BadGame(f"{game.name}: the engine cannot load it ({type(error).__name__}: {error})") from error
-
-    def step(self, command):
-        state, _, _ = self._env.step(command)
-        return self._observe(state)
-
-    def _observe(self, state):
-        self.raw = state.feedback  # as the engine wrote it
-        facts = self._engine._pddl_state._facts
-        changing = sorted(str(fact) for signature, group in facts.items() if signature.name in DYNAMIC for fact in group)
-        digest = hashlib.blake2b("|".join(changing).encode(), digest_size=8).digest()
-        won = bool(state["won"])
-        return Observation(state.feedback.removeprefix(WELCOME).strip(), state["admissible_commands"],
-                           int.from_bytes(digest, "big"), float(won), won, won)
-
-
-WORLDS = {"alfworld": ALFWorld}

@@ -1,26 +1,38 @@
-"""Enumerated evaluation: any checkpoint on any split, every game once, in a fixed order, with 95% intervals.
+"""Enumerated evaluation: any checkpoint at any level, every game once, in a fixed order, with 95% intervals.
 
-    python evaluate.py --model policies/tiny --split valid_unseen
-    python evaluate.py --model runs/.../checkpoint-000040 --games official --split valid_seen --json
-    python evaluate.py --agent expert --split valid_unseen                  # what is possible
+    python evaluate.py --model policies/tiny                                # ALFWorld, level L1 (new houses)
+    python evaluate.py --env scienceworld --model policies/tiny-scienceworld --level L0
+    python evaluate.py --model runs/.../checkpoint-000032 --temperature 0 --json > b.json    # greedy
+    python evaluate.py --agent expert                                       # one end of the scale ...
+    python evaluate.py --agent random                                       # ... and the other
+    python evaluate.py --compare policies/tiny runs/.../checkpoint-000032   # the same games, paired (or two .json files)
 
 The games are sorted and each is played once, so the result depends on the checkpoint and, if sampled, on the seed; the
-number of workers changes nothing. Success comes with Wilson's interval, which behaves near 0 and 1 as well.
+number of workers changes nothing. Success comes with Wilson's interval, which behaves near 0 and 1 as well; the mean
+score and paired differences with bootstrap intervals; two checkpoints' successes with McNemar's exact test.
+
+Scores: ScienceWorld's 0 to 100; the -100 of a fatal mistake counts as 0 in the mean, as in published figures, and the
+fatal episodes are counted beside it.
 """
 
 import argparse
 import json
 import math
 import os
+import random
 import sys
 from collections import defaultdict
 
 import envs
 from env_pool import EnvPool
-from rollout import FLAWS, SYSTEM, SYSTEM_INSTRUCT, ChatFormat, TorchEngine, flaw_rates, play
+from rollout import FLAWS, Episode, Step, TorchEngine, flaw_rates, judge, play
+
+NORMAL = 1.959964  # 97.5% quantile
 
 
-def wilson(successes, n, z=1.959964):
+# ------------------------------------------------------------------------------------------------------ the statistics
+
+def wilson(successes, n, z=NORMAL):
     """95% interval of a proportion (Wilson 1927): the p for which the count is within z standard errors of n p.
 
     >>> [round(x, 3) for x in wilson(8, 10)]
@@ -35,110 +47,232 @@ def wilson(successes, n, z=1.959964):
     return max(0.0, (center - half) / (1 + z2)), min(1.0, (center + half) / (1 + z2))
 
 
+def bootstrap(values, draws=10_000, seed=0):
+    """95% interval of a mean: percentiles of the means of resampled values (Efron 1979). Seeded: it repeats.
+
+    >>> low, high = bootstrap([0, 100] * 50)
+    >>> 39 <= low <= 42 and 58 <= high <= 61  # normal theory: 50 -+ 1.96 * 50 / sqrt(100)
+    True
+    >>> bootstrap([7, 7, 7])
+    (7.0, 7.0)
+    """
+    import numpy
+    values = numpy.asarray(values, dtype=float)
+    if len(values) == 0:
+        return 0.0, 0.0
+    generator = numpy.random.default_rng(seed)
+    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(draws)]
+    low, high = numpy.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def mcnemar(only_a, only_b):
+    """Exact two-sided p-value (McNemar 1947): of the games that only one of the two won, each is a fair coin under
+    the hypothesis that A and B are equally good.
+
+    >>> mcnemar(2, 8)  # 2 * (1 + 10 + 45) / 1024
+    0.109375
+    >>> mcnemar(0, 0), mcnemar(5, 5)
+    (1.0, 1.0)
+    """
+    n, k = only_a + only_b, min(only_a, only_b)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n)
+
+
 def summarize(episodes):
-    """Success with interval, overall and per task type; steps and flaw rates."""
+    """Success with interval, overall and per task type; score where there is one; steps and flaw rates; every game."""
     def line(chosen):
         won = sum(e.won for e in chosen)
         low, high = wilson(won, len(chosen))
-        return {"games": len(chosen), "won": won, "success": won / max(1, len(chosen)), "low": low, "high": high,
-                "steps": sum(len(e.steps) for e in chosen) / max(1, len(chosen))}
+        found = {"games": len(chosen), "won": won, "success": won / max(1, len(chosen)), "low": low, "high": high,
+                 "steps": sum(len(e.steps) for e in chosen) / max(1, len(chosen))}
+        scores = [max(0, e.score) for e in chosen if e.score is not None]
+        if scores:
+            low, high = bootstrap(scores)
+            found |= {"score": sum(scores) / len(scores), "score_low": low, "score_high": high,
+                      "fatal": sum(e.score < 0 for e in chosen)}
+        return found
     by_task = defaultdict(list)
     for episode in episodes:
         by_task[episode.game.task_type].append(episode)
     return {**line(episodes), **flaw_rates(episodes), "truncated": sum(e.truncated for e in episodes),
-            "tasks": {task: line(by_task[task]) for task in sorted(by_task)}}
+            "tasks": {task: line(by_task[task]) for task in sorted(by_task)},
+            "played": {e.game.name: {"won": e.won, "score": e.score, "steps": len(e.steps)} for e in episodes}}
 
 
-def evaluate(engine, pool, chat, games, max_steps=20, seed=0, batch=128):
+def compare(a, b):
+    """Two results on the same games, paired: B minus A.
+
+    Returns games, only_a, only_b (won by one of them alone), p (McNemar), difference in success with a bootstrap
+    interval over games, and the same for the score where there is one. Raises ValueError where the games differ.
+    """
+    if set(a["played"]) != set(b["played"]):
+        raise ValueError(f"the two results are not of the same games: {len(set(a['played']) ^ set(b['played']))} differ")
+    pairs = [(a["played"][name], b["played"][name]) for name in sorted(a["played"])]
+    only_a, only_b = (sum(p[i]["won"] and not p[1 - i]["won"] for p in pairs) for i in (0, 1))
+    success = [p[1]["won"] - p[0]["won"] for p in pairs]
+    found = {"games": len(pairs), "only_a": only_a, "only_b": only_b, "p": mcnemar(only_a, only_b),
+             "difference": sum(success) / len(pairs)}
+    found["low"], found["high"] = bootstrap(success)
+    if all(x["score"] is not None for p in pairs for x in p):
+        score = [max(0, p[1]["score"]) - max(0, p[0]["score"]) for p in pairs]
+        found["score_difference"] = sum(score) / len(pairs)
+        found["score_low"], found["score_high"] = bootstrap(score)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- the agents
+
+def evaluate(engine, pool, chat, games, max_steps=20, seed=0, batch=128, max_context=2048):
     """Play every game once with an engine; returns `summarize`'s dictionary and the episodes."""
     episodes, bad = [], []
     for begin in range(0, len(games), batch):
         chunk = [games[i] for i in range(begin, min(begin + batch, len(games)))]
-        played, report = play(engine, pool, chat, chunk, 1, max_steps, seed=seed + begin)
+        played, report = play(engine, pool, chat, chunk, 1, max_steps, max_context, seed + begin)
         episodes += played
         bad += report["bad_games"]
     return {**summarize(episodes), "bad_games": bad}, episodes
 
 
-def table(result):
-    """The report as text."""
-    lines = [f"{'':34}{'games':>6} {'success %':>10} {'95% interval':>15} {'steps':>6}"]
-    for name, row in [*result["tasks"].items(), ("all", result)]:
-        interval = f"{100 * row['low']:.1f} - {100 * row['high']:.1f}"
-        lines.append(f"{name:34}{row['games']:6} {100 * row['success']:10.1f} {interval:>15} {row['steps']:6.1f}")
-    lines.append("share of steps: " + ", ".join(f"{name} {100 * result[name]:.1f}%" for name in FLAWS))
-    for name, what in (("truncated", "episodes ended because the context was full"),):
-        if result[name]:
-            lines.append(f"{result[name]} {what}")
-    if result.get("bad_games"):
-        lines.append(f"skipped {len(result['bad_games'])} games that cannot be played: {result['bad_games'][0]} ...")
-    return "\n".join(lines)
+def random_agent(games, pool, max_steps, seed=0, batch=64):
+    """Yields (game, turns, won) as `play_expert` does: any admissible command, each as likely as the others."""
+    for begin in range(0, len(games), batch):
+        chunk = [games[i] for i in range(begin, min(begin + batch, len(games)))]
+        first = pool.reset(chunk)
+        now = {s: o for s, o in enumerate(first) if not isinstance(o, Exception)}
+        turns, running = {s: [] for s in now}, list(now)
+        generators = {s: random.Random(f"{seed} {chunk[s].name}") for s in now}  # whatever batch or worker it is in
+        for _ in range(max_steps):
+            chosen = [(s, generators[s].choice(c)) for s, c in zip(running, pool.admissible(running))]
+            for (s, command), after in zip(chosen, pool.step(chosen)):
+                turns[s].append((now[s].text, command, now[s], after))
+                now[s] = after
+            running = [s for s in running if not now[s].done]
+            if not running:
+                break
+        for s in now:
+            yield chunk[s], turns[s], now[s].won
 
 
-def make_chat(tokenizer, env, folder):
-    """(chat format, whether it is a tiny policy of ours). Ours knows the short prompt; others need the instructions."""
-    try:
-        with open(os.path.join(folder, "notes.json")) as file:
-            tiny = json.load(file).get("prompt") == "short"
-    except (OSError, ValueError):
-        tiny = False
-    return ChatFormat(tokenizer, (SYSTEM if tiny else SYSTEM_INSTRUCT)[env]), tiny
-
-
-def expert_result(games, pool, max_steps):
-    from cold_start import play_expert
-    from rollout import Episode, Step, judge
+def reference_result(agent, games, pool, max_steps, seed=0):
+    """The expert's or the random agent's result, in the same form as a model's."""
+    from demonstrations import play_expert
+    player = play_expert(games, pool, max_steps) if agent == "expert" else random_agent(games, pool, max_steps, seed)
     episodes = []
-    for game, turns, won in play_expert(games, pool, max_steps):
+    for game, turns, won in player:
         episode, tried, visited = Episode(game, 0, won=won, reward=float(won)), defaultdict(set), set()
         for _, command, before, after in turns:
             visited.add(before.state)
             episode.steps.append(Step(0, 0, command))
+            episode.score = after.score
             judge(episode.steps[-1], before, after, tried, visited)
         episodes.append(episode)
     return summarize(episodes)
 
 
+# ---------------------------------------------------------------------------------------------------------- the report
+
+def table(result):
+    """The report as text."""
+    scored = "score" in result
+    width = max([len(task) for task in result["tasks"]] + [30]) + 2
+    lines = [f"{'':{width}}{'games':>6} {'success %':>10} {'95% interval':>15}" +
+             (f" {'score':>6} {'95% interval':>14} {'fatal':>6}" if scored else "") + f" {'steps':>6}"]
+    for name, row in [*result["tasks"].items(), ("all", result)]:
+        interval = f"{100 * row['low']:.1f} - {100 * row['high']:.1f}"
+        line = f"{name:{width}}{row['games']:6} {100 * row['success']:10.1f} {interval:>15}"
+        if scored:
+            interval = f"{row['score_low']:.1f} - {row['score_high']:.1f}"
+            line += f" {row['score']:6.1f} {interval:>14} {row['fatal']:6}"
+        lines.append(f"{line} {row['steps']:6.1f}")
+    lines.append("share of steps: " + ", ".join(f"{name} {100 * result[name]:.1f}%" for name in FLAWS))
+    if result["truncated"]:
+        lines.append(f"{result['truncated']} episodes ended because the context was full")
+    if result.get("bad_games"):
+        lines.append(f"skipped {len(result['bad_games'])} games that cannot be played: {result['bad_games'][0]} ...")
+    return "\n".join(lines)
+
+
+def comparison(found, a, b):
+    """The paired comparison as text."""
+    lines = [f"B - A on the same {found['games']} games   (A: {a}, B: {b})",
+             f"success {100 * found['difference']:+.1f} points, 95% interval {100 * found['low']:+.1f} to "
+             f"{100 * found['high']:+.1f}; won by A alone {found['only_a']}, by B alone {found['only_b']}, "
+             f"McNemar p = {found['p']:.3g}"]
+    if "score_difference" in found:
+        lines.append(f"score   {found['score_difference']:+.1f} points, 95% interval {found['score_low']:+.1f} to "
+                     f"{found['score_high']:+.1f}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
 def main():
-    parser = argparse.ArgumentParser(description="Evaluate a checkpoint: every game of a split once.")
-    parser.add_argument("--agent", default="model", choices=["model", "expert"], help="who plays")
-    parser.add_argument("--model", default="policies/tiny", help="Hugging Face folder or hub name")
-    parser.add_argument("--env", default="alfworld", choices=["alfworld"])
-    parser.add_argument("--games", default="auto", choices=["auto", "official", "generated"])
-    parser.add_argument("--split", default="valid_unseen", choices=["train", "valid_seen", "valid_unseen"])
-    parser.add_argument("--task-types", type=int, nargs="+", help="ALFWorld's task types to keep (1-6); default all")
-    parser.add_argument("--count", type=int, help="only the first so many games")
-    parser.add_argument("--max-steps", type=int, help="default 20 on generated games, 50 on official ones")
+    parser = argparse.ArgumentParser(description="Evaluate an agent: every game of a level or split once.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--agent", default="model", choices=["model", "expert", "random"], help="who plays")
+    parser.add_argument("--env", default="alfworld", choices=envs.ENVS)
+    parser.add_argument("--model", help="Hugging Face folder or hub name (default: the tiny policy of the environment)")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two checkpoints, or two results saved with --json")
+    parser.add_argument("--level", default="L1", choices=envs.LEVELS, help="what is tested: see envs.py")
+    parser.add_argument("--split", help="instead of a level: train, valid_seen, valid_unseen (ALFWorld), train, dev, test")
+    parser.add_argument("--games", default="auto", choices=["auto", "official", "generated"], help="ALFWorld's")
+    parser.add_argument("--task-types", nargs="+", help="these only: ALFWorld 1-6, ScienceWorld's names or `short` (default: "
+                        "all; `short` where a tiny policy of ours plays)")
+    parser.add_argument("--count", type=int, help="so many of the games only, for a quick look")
+    parser.add_argument("--max-steps", type=int, help="default 20 on generated games, 50 on official ones, 30 in "
+                        "ScienceWorld, 15 on its short tasks")
+    parser.add_argument("--max-new-tokens", type=int, help="per answer (default 24 for our tiny policies, 512 for others)")
+    parser.add_argument("--max-context", type=int, help="tokens (default 2048 for our tiny policies, 8192 for others)")
     parser.add_argument("--temperature", type=float, default=1.0, help="1 samples as in training, 0 is greedy")
     parser.add_argument("--seed", type=int, default=0, help="for sampling; the games are always the same")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="environment processes")
     parser.add_argument("--batch", type=int, default=128, help="episodes played side by side")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with every game, instead of the table")
     args = parser.parse_args()
     try:
-        result = run(args)
-    except (FileNotFoundError, ValueError) as error:
+        if not args.compare:
+            result = run(args, args.model)
+            print(json.dumps(result) if args.json else table(result))
+            return
+        a, b = (json.load(open(one)) if one.endswith(".json") else run(args, one) for one in args.compare)
+        found = compare(a, b)
+        if args.json:
+            print(json.dumps({**found, "a": a, "b": b}))
+        else:
+            print(f"A\n{table(a)}\n\nB\n{table(b)}\n\n{comparison(found, *args.compare)}")
+    except (FileNotFoundError, ValueError, KeyError) as error:
         sys.exit(f"evaluate.py: {error}")
-    print(json.dumps(result) if args.json else table(result))
 
 
-def run(args):
+def run(args, folder):
     import torch
-    args.games = envs.choose_games(args.games)
-    games = envs.list_games(args.env, args.split, args.games, args.task_types, args.count,
-                            warn=lambda line: print(line, file=sys.stderr))
-    args.max_steps = args.max_steps or (20 if args.games == "generated" else 50)
+
+    from policy import SHIPPED, load_policy, make_chat, notes_of
+    folder = folder or os.path.join(os.path.dirname(os.path.abspath(__file__)), "policies", SHIPPED[args.env])
+    kind = envs.choose_games(args.games, args.env)
+    ours = args.agent == "model" and notes_of(folder).get("prompt") == "short"
+    types = args.task_types or (["short"] if ours and args.env == "scienceworld" else None)
+    quiet = lambda line: print(line, file=sys.stderr)
+    if args.split:
+        games = envs.list_games(args.env, args.split, args.games, envs.SHORT if types == ["short"] else types, args.count, quiet)
+    else:
+        games = envs.level_games(args.env, args.level, "test", args.games, types, args.count, quiet)
+    steps = args.max_steps or envs.max_steps(kind, types)
+    about = {"agent": args.agent, "model": folder if args.agent == "model" else None, "env": args.env, "games_from": kind,
+             "level": None if args.split else args.level, "split": args.split, "max_steps": steps,
+             "temperature": args.temperature, "seed": args.seed}
     with EnvPool(args.workers) as pool:
-        if args.agent == "expert":
-            return {**vars(args), **expert_result(games, pool, args.max_steps)}
-        from cold_start import load_policy
+        if args.agent != "model":
+            return {**about, **reference_result(args.agent, games, pool, steps, args.seed)}
         device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer = load_policy(args.model, device)
-        chat, tiny = make_chat(tokenizer, args.env, args.model)
-        engine = TorchEngine(model, chat.eos, args.temperature, 24 if tiny else 512)
-        result, _ = evaluate(engine, pool, chat, games, args.max_steps, args.seed, args.batch)
-        return {**vars(args), **result}
+        model, tokenizer = load_policy(folder, device)
+        chat, _ = make_chat(tokenizer, args.env, folder)
+        engine = TorchEngine(model, chat.eos, args.temperature, args.max_new_tokens or (24 if ours else 512))
+        result, _ = evaluate(engine, pool, chat, games, steps, args.seed, args.batch,
+                             args.max_context or (2048 if ours else 8192))
+        return {**about, **result}
 
 
 if __name__ == "__main__":

@@ -19,14 +19,23 @@ from dataclasses import dataclass, field
 
 import torch
 
-SYSTEM = {"alfworld": "Do the task in this house. Reply <action>command</action>."}
+SYSTEM = {"alfworld": "Do the task in this house. Reply <action>command</action>.",
+          "scienceworld": "Do the task in this lab. Reply <action>command</action>."}
 SYSTEM_INSTRUCT = {  # for models that were not cold-started on the short one; `{o}` an object, `{r}` a receptacle
     "alfworld": (
         "You are an agent in a household and must do the task you are given. Each turn you read an observation and "
         "answer with one command. You may first think briefly inside <think>...</think>; then write exactly one "
         "command inside <action>...</action>. Commands: go to {r} | open {r} | close {r} | take {o} from {r} | "
         "move {o} to {r} | use {o} | clean {o} with {r} | heat {o} with {r} | cool {o} with {r} | "
-        "slice {o} with {o} | look | inventory | examine {o or r}. Name things as observations do, such as `mug 1`.")}
+        "slice {o} with {o} | look | inventory | examine {o or r}. Name things as observations do, such as `mug 1`."),
+    "scienceworld": (
+        "You are an agent in a building with a laboratory and must do the task you are given. Each turn you read an "
+        "observation and answer with one command. You may first think briefly inside <think>...</think>; then write "
+        "exactly one command inside <action>...</action>. Commands: look around | look at {o} | look in {o} | "
+        "teleport to {room} | open {o} | close {o} | pick up {o} | put down {o} | move {o} to {o} | pour {o} in {o} | "
+        "dunk {o} in {o} | mix {o} | use {o} on {o} | activate {o} | deactivate {o} | connect {o} to {o} | "
+        "disconnect {o} | read {o} | eat {o} | flush {o} | focus on {o} | inventory | wait | wait1. Focus only on what "
+        "the task names: focusing on anything else ends it.")}
 NO_ACTION = "No action found."  # the observation after an answer without <action>...</action>
 FLAWS = ("malformed", "inadmissible", "no_effect", "repeated", "revisited")
 
@@ -38,7 +47,8 @@ class Step:
     The flaws, kept apart (an action may have several):
       malformed     no single <action>...</action> in the answer
       inadmissible  the world does not allow the command in this state
-      no_effect     admissible, and the world's state is what it was (looking around counts: nothing happened)
+      no_effect     admissible, and the world's state is what it was. ALFWorld: looking around counts, it tells nothing
+                    that was not told on arrival; ScienceWorld: only where the answer has been read before
       repeated      this command was tried before in this very state
       revisited     it leads back to a state where the episode has been before
     """
@@ -65,7 +75,8 @@ class Episode:
     sampled: list = field(default_factory=list)    # T bools: True where the model chose the token
     logprobs: list = field(default_factory=list)   # T floats: log-probability when sampled; 0.0 where given
     steps: list = field(default_factory=list)
-    reward: float = 0.0
+    reward: float = 0.0                            # what the advantage is made of
+    score: int = None                              # ScienceWorld's, when the episode ended
     won: bool = False
     truncated: bool = False                        # ended because the context was full
 
@@ -244,8 +255,8 @@ class TorchEngine:
 
 def judge(step, before, after, tried, visited):
     """Set the flaws of a step between two observations; `tried` and `visited` are this episode's memory."""
-    step.inadmissible = step.action not in before.admissible
-    step.no_effect = not step.inadmissible and after.state == before.state
+    step.inadmissible = not after.accepted
+    step.no_effect = after.accepted and not after.effect
     step.repeated = step.action in tried[before.state]
     step.revisited = after.state != before.state and after.state in visited
     tried[before.state].add(step.action)
@@ -314,7 +325,7 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
                 judge(episode.steps[-1], now[s], after[s], tried[s], visited[s])
                 text, now[s] = after[s].text, after[s]
                 episode.reward += after[s].reward
-                episode.won = after[s].won
+                episode.won, episode.score = after[s].won, after[s].score
                 if after[s].done:
                     del now[s]
                     continue

@@ -25,10 +25,11 @@ import torch
 
 import envs
 from classifier_loss import BAD, GOOD
-from cold_start import QUESTION, load_policy, make_cold_start, save_policy
+from cold_start import make_cold_start
 from curves import draw
 from env_pool import EnvPool
-from evaluate import evaluate, make_chat, table
+from evaluate import evaluate, table
+from policy import QUESTION, load_policy, make_chat, save_policy
 from rollout import TorchEngine, flaw_rates, play
 from update import advantages_of, make_batch, reference_logprobs, teach_question, update
 
@@ -38,10 +39,15 @@ def parse_arguments():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     # what is played
-    flag("--env", default="alfworld", choices=["alfworld"], help="which text game")
-    flag("--games", default="auto", choices=["auto", "official", "generated"], help="auto: official where their data is found")
-    flag("--task-types", type=int, nargs="+", help="train on these ALFWorld task types only (1-6)")
-    flag("--max-steps", type=int, help="steps per episode (default 20 on generated games, 50 on official ones)")
+    flag("--env", default="alfworld", choices=envs.ENVS, help="which text game")
+    flag("--level", default="L1", choices=envs.LEVELS, help="what is trained and tested: see envs.py")
+    flag("--games", default="auto", choices=["auto", "official", "generated"],
+         help="ALFWorld's; auto: official where their data is found")
+    flag("--task-types", nargs="+", help="train on these only: ALFWorld 1-6, ScienceWorld's names, or `short` (its default "
+         "with --model tiny)")
+    flag("--max-steps", type=int, help="steps per episode (default 20 on generated games, 50 on official ones, 30 in "
+         "ScienceWorld, 15 on its short tasks)")
+    flag("--reward", default="score", choices=["score", "success"], help="ScienceWorld's: score / 100, or 1 for score 100")
     # who plays
     flag("--model", default="tiny", help="`tiny`, or any Hugging Face folder or hub name")
     flag("--cold-start", default="auto", choices=["auto", "train", "none"],
@@ -74,7 +80,7 @@ def parse_arguments():
          "generative classifier's question at all; 0 for models that know such questions")
     flag("--questions", type=int, default=3, help="steps per episode that the generative classifier is asked about")
     # the run
-    flag("--eval-games", type=int, default=200, help="games of valid_unseen (and valid_seen) before and after; 0: none")
+    flag("--eval-games", type=int, help="games of the level's test before and after (default 200, ScienceWorld 300); 0: none")
     flag("--save-every", type=int, default=10, help="iterations between checkpoints")
     flag("--workers", type=int, default=os.cpu_count(), help="environment processes")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -102,13 +108,17 @@ def parse_arguments():
 
 def setup(args):
     """Resolve what is automatic, say so, and build everything. Returns the pieces in a dictionary."""
-    args.games = envs.choose_games(args.games)
-    args.max_steps = args.max_steps or (20 if args.games == "generated" else 50)
+    args.games = envs.choose_games("auto" if args.games == "simulator" else args.games, args.env)
+    if args.env == "scienceworld" and not args.task_types and args.model == "tiny":
+        args.task_types = ["short"]
+    args.max_steps = args.max_steps or envs.max_steps(args.games, args.task_types)
+    args.eval_games = {"alfworld": 200, "scienceworld": 300}[args.env] if args.eval_games is None else args.eval_games
     args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     args.engine = "torch" if args.engine == "auto" else args.engine
     args.out = args.out or f"runs/{args.env}-{args.classifier}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    games = envs.list_games(args.env, "train", args.games, args.task_types)
-    print(f"games   {args.games}, {len(games):,} for training, at most {args.max_steps} steps   (--games, --max-steps)")
+    games = envs.level_games(args.env, args.level, "train", args.games, args.task_types)
+    print(f"games   {args.games}, level {args.level}, {len(games):,} for training, at most {args.max_steps} steps   (--games, "
+          "--level, --max-steps" + (f"; tasks {' '.join(args.task_types)}: --task-types)" if args.task_types else ")"))
     pool = EnvPool(args.workers)
     folder = args.model if args.model != "tiny" else make_cold_start(args, games, pool)
     print(f"model   {folder}   (--model, --cold-start)")
@@ -207,7 +217,7 @@ def train(args, run, done):
     model, optimizer, value_head = run["model"], run["optimizer"], run["value_head"]
     begin = time.time()
     if done == 0:
-        log(args, board, 0, evaluation(args, run, ["valid_unseen"], 0))
+        log(args, board, 0, evaluation(args, run, [args.level], 0))
         if run["question"] and args.question_warmup:
             introduce_question(args, run)
 
@@ -223,6 +233,8 @@ def train(args, run, done):
             sys.exit(f"train.py: none of the games can be played: {report['bad_games'][0]}")
         if not all(e.steps for e in episodes):
             sys.exit(f"train.py: --max-context {args.max_context} is too small for a first prompt and one answer")
+        for episode in episodes if args.reward == "success" else []:
+            episode.reward = float(episode.won)
         played = time.perf_counter()
 
         # 2. Advantages within groups; split the groups over the optimizer steps of this iteration.
@@ -252,6 +264,7 @@ def train(args, run, done):
         names = sorted({name for part in parts for name in part})
         row = {"success": sum(e.won for e in episodes) / len(episodes),
                "reward": sum(e.reward for e in episodes) / len(episodes),
+               **({"score": sum(max(0, e.score) for e in episodes) / len(episodes)} if episodes[0].score is not None else {}),
                "steps": sum(len(e.steps) for e in episodes) / len(episodes), **flaw_rates(episodes),
                "groups_without_signal": no_signal,
                **{name: sum(p[name] for p in parts if name in p) / sum(name in p for p in parts) for name in names},
@@ -259,11 +272,11 @@ def train(args, run, done):
                "worker_restarts": run["pool"].restarts, "tokens": tokens, "seconds_sample": report["sample"],
                "seconds_env": report["env"], "seconds_play": played - clock, "seconds_update": updated - played}
         left = (time.time() - begin) / (iteration - done) * (args.iterations - iteration)
-        print(f"{iteration:4d}/{args.iterations}  success {row['success']:.2f}  loss {row['loss']:+.4f}  "
+        print(f"{iteration:4d}/{args.iterations}  success {row['success']:.2f}  reward {row['reward']:.2f}  loss {row['loss']:+.4f}  "
               f"inadmissible {row['inadmissible']:.2f}  repeated {row['repeated']:.2f}  no signal {no_signal:.2f}  "
               f"kl {row['kl']:.4f}  {tokens / (updated - clock):,.0f} tokens/s  {left / 60:.0f} min left", flush=True)
         if iteration == args.iterations:
-            row |= evaluation(args, run, ["valid_unseen", "valid_seen"], iteration)
+            row |= evaluation(args, run, {"L0": ["L0", "L1"], "L1": ["L1", "L0"], "L2": ["L2"]}[args.level], iteration)
         log(args, board, iteration, row)
         if iteration % args.save_every == 0 or iteration == args.iterations:
             write_samples(args, run["tokenizer"], episodes, iteration)
@@ -284,13 +297,14 @@ def introduce_question(args, run):
     print(f"taught the classifier's question: loss {first:.2f} -> {last:.2f} in {args.question_warmup} updates", flush=True)
 
 
-def evaluation(args, run, splits, iteration):
-    """Play the validation games with the current policy, print the table; {"eval_valid_unseen": {...}}."""
+def evaluation(args, run, levels, iteration):
+    """Play the levels' test games with the current policy, print the tables; {"eval_L1": {...}}."""
     found = {}
-    for split in splits if args.eval_games else []:
-        games = envs.list_games(args.env, split, args.games, count=args.eval_games)
-        found[f"eval_{split}"], _ = evaluate(run["engine"], run["pool"], run["chat"], games, args.max_steps)
-        print(f"\n{split} after {iteration} iterations\n{table(found[f'eval_{split}'])}\n", flush=True)
+    for level in levels if args.eval_games else []:
+        games = envs.level_games(args.env, level, "test", args.games, args.task_types, args.eval_games)
+        found[f"eval_{level}"], _ = evaluate(run["engine"], run["pool"], run["chat"], games, args.max_steps,
+                                             max_context=args.max_context)
+        print(f"\n{level} ({games[0].split}) after {iteration} iterations\n{table(found[f'eval_{level}'])}\n", flush=True)
     return found
 
 

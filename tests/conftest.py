@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
-import cold_start  # noqa: E402
+import policy  # noqa: E402
 import envs  # noqa: E402
 from env_pool import EnvPool  # noqa: E402
 import rollout  # noqa: E402
@@ -21,14 +21,14 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    texts = [rollout.SYSTEM["alfworld"], cold_start.QUESTION, "good", "bad", "assistant\n", "user\n", "system\n",
+    texts = [rollout.SYSTEM["alfworld"], policy.QUESTION, "good", "bad", "assistant\n", "user\n", "system\n",
              "go to cabinet 1", "You arrive at cabinet 1. On the cabinet 1, you see a mug 1, and a plate 2."] * 10
-    return cold_start.train_tokenizer(texts, vocab_size=400)
+    return policy.train_tokenizer(texts, vocab_size=400)
 
 
 @pytest.fixture
 def model(tokenizer):
-    model = cold_start.tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=1)
+    model = policy.tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=1)
     with torch.no_grad():  # larger weights than at initialisation, so that wrong logits differ visibly
         for p in model.parameters():
             p.mul_(3.0 if p.dim() > 1 else 1.0)

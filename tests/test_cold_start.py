@@ -4,7 +4,9 @@ import torch
 
 import envs
 from classifier_loss import BAD, GOOD
-from cold_start import QUESTION, cold_start, expert_episodes, play_expert, tiny_model
+from cold_start import cold_start
+from demonstrations import expert_episodes, play_expert
+from policy import QUESTION, tiny_model
 from update import make_batch, reference_logprobs, teach_question
 
 

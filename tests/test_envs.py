@@ -12,7 +12,7 @@ import pytest
 import bench
 import envs
 import houses
-from cold_start import play_expert
+from demonstrations import play_expert
 from env_pool import EnvPool
 from rollout import Step, judge
 
@@ -63,7 +63,7 @@ def test_splits_use_different_houses():
 
 
 def replay(games, processes=2):
-    world = envs.ALFWorld()
+    world = envs.make_world("alfworld")
     played = [bench.record(game, world, seed=i) for i, game in enumerate(games)]
     stock, _, _ = bench.stock_replay([(bench.game_data(g), c) for g, (c, *_) in zip(games, played)], processes)
     for game, (commands, ours, _), theirs in zip(games, played, stock):
@@ -96,7 +96,7 @@ def test_expert_on_official_pick_two(pool):
 def test_a_game_again_after_another_is_the_same(pool):
     """Loading is skipped when the game is loaded already; that must never mean the wrong game."""
     a, b = envs.generated_game("train", 0), envs.generated_game("train", 1)
-    world = envs.ALFWorld()
+    world = envs.make_world("alfworld")
     first = world.reset(a)
     world.step(first.admissible[0])
     assert world.reset(a) == first
@@ -106,7 +106,7 @@ def test_a_game_again_after_another_is_the_same(pool):
 
 def test_flaws_in_a_real_game():
     """A scripted episode with one of each flaw."""
-    world = envs.ALFWorld()
+    world = envs.make_world("alfworld")
     now = world.reset(envs.generated_game("train", 0))  # bed, cabinet, desk, drawer, ...: see the observation
     assert "bed 1" in now.text and "desk 1" in now.text
     tried, visited, seen = defaultdict(set), {now.state}, []
@@ -174,5 +174,5 @@ def test_wrong_path_is_one_clear_line_and_creates_nothing(tmp_path):
 def test_each_environment_maps_the_small_library():
     import fast_downward
     original = os.path.join(os.path.dirname(fast_downward.__file__), "libdownward.so")
-    envs.ALFWorld()
+    envs.make_world("alfworld")
     assert os.path.getsize(fast_downward.interface.DOWNWARD_LIB_PATH) < 2_000_000 < os.path.getsize(original)

@@ -5,9 +5,7 @@ import torch
 
 import envs
 import rollout
-from cold_start import expert_episodes
-from env_pool import EnvPool
-from evaluate import evaluate, summarize, wilson
+from demonstrations import expert_episodes
 
 
 class Scripted:
@@ -33,7 +31,7 @@ def test_the_pieces_are_the_whole_conversation(chat, pool):
     game = envs.generated_game("train", 0)
     answers = ["<action>go to bed 1</action><|im_end|>", "<action>look</action><|im_end|>", "I think so.<|im_end|>"]
     (episode,), _ = rollout.play(Scripted(chat, answers), pool, chat, [game], 1, max_steps=3)
-    world = envs.ALFWorld()
+    world = envs.make_world("alfworld")
     texts = [world.reset(game).text, world.step("go to bed 1").text, world.step("look").text]
     messages = [{"role": "system", "content": chat.system}]
     for text, answer in zip(texts, answers):
@@ -66,7 +64,7 @@ def test_two_actions_are_malformed(chat):
 
 def test_full_context_ends_an_episode_flagged(chat, pool):
     game = envs.generated_game("train", 0)
-    first = len(chat.first_prompt(envs.ALFWorld().reset(game).text))
+    first = len(chat.first_prompt(envs.make_world("alfworld").reset(game).text))
     (episode,), _ = rollout.play(Scripted(chat, ["<action>look</action><|im_end|>"]), pool, chat, [game], 1,
                                  max_steps=20, max_context=first + 60)
     assert episode.truncated and 1 <= len(episode.steps) < 20 and len(episode.tokens) <= first + 60
@@ -92,20 +90,10 @@ def test_sampling_repeats_with_its_seed_and_greedy_takes_the_best(model, chat, p
     assert ids[0] == model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax()
 
 
-def test_evaluation_does_not_depend_on_the_number_of_workers(model, chat):
-    games = envs.list_games("alfworld", "valid_unseen", "generated", count=5)
-    engine, results = rollout.TorchEngine(model, chat.eos, max_new_tokens=4), []
-    for workers in (1, 3):
-        with EnvPool(workers) as pool:
-            result, episodes = evaluate(engine, pool, chat, games, max_steps=3)
-            results.append((result, [e.tokens for e in episodes]))
-    assert results[0] == results[1] and results[0][0]["games"] == 5
-
-
 def test_a_saved_policy_comes_back_the_same(model, tokenizer, tmp_path):
     """AutoTokenizer replaced the word splitting of a qwen2 folder: `assistant\\n` became two tokens, and a policy
     with 0.15 nats of loss won no game at all."""
-    from cold_start import load_policy, save_policy
+    from policy import load_policy, save_policy
     save_policy(str(tmp_path / "policy"), model, tokenizer)
     loaded, again = load_policy(str(tmp_path / "policy"))
     text = "<|im_start|>assistant\n<action>go to cabinet 12</action><|im_end|>\n<|im_start|>user\n"
@@ -124,20 +112,3 @@ def test_expert_episodes_are_marked_as_sampled_and_win(chat, pool):
             assert all(episode.sampled[step.start:step.end]) and not episode.sampled[step.start - 1]
             assert chat.parse_action(episode.tokens[step.start:step.end]) == step.action
         assert sum(episode.sampled) == sum(s.end - s.start for s in episode.steps)
-
-
-def test_wilson_against_its_defining_equation():
-    """The bounds p solve (phat - p)^2 = z^2 p (1 - p) / n."""
-    for won, n in ((1, 10), (60, 200), (199, 200)):
-        for p in wilson(won, n):
-            assert (won / n - p) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, rel=1e-6)
-
-
-def test_summary_by_hand():
-    game = lambda task: envs.Game("alfworld", "train", "x", task, 0)
-    step = lambda **flaws: rollout.Step(0, 1, "look", **flaws)
-    episodes = [rollout.Episode(game("a"), 0, steps=[step(), step(repeated=True, inadmissible=True)], won=True),
-                rollout.Episode(game("b"), 0, steps=[step(repeated=True), step()])]
-    result = summarize(episodes)
-    assert (result["success"], result["steps"], result["repeated"], result["inadmissible"]) == (0.5, 2.0, 0.5, 0.25)
-    assert result["tasks"]["a"]["won"] == 1 and result["tasks"]["b"]["success"] == 0.0

@@ -16,10 +16,10 @@ SMALL = ["--games", "generated", "--iterations", "4", "--tasks", "2", "--group-s
 
 @pytest.fixture(scope="module")
 def small_policy(tokenizer, tmp_path_factory):
-    import cold_start
+    import policy
     folder = str(tmp_path_factory.mktemp("policy") / "small")
-    model = cold_start.tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=0)
-    cold_start.save_policy(folder, model, tokenizer, prompt="short", note="random weights, for tests")
+    model = policy.tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=0)
+    policy.save_policy(folder, model, tokenizer, prompt="short", note="random weights, for tests")
     return folder
 
 
@@ -55,7 +55,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(small_policy, tmp_path):
     output = run.communicate()[0]
     assert run.returncode == 0, output
     assert metrics(killed) == metrics(whole)
-    from cold_start import load_policy
+    from policy import load_policy
     a, b = (load_policy(os.path.join(f, "checkpoint-000004"))[0].state_dict() for f in (whole, killed))
     assert all(torch.equal(a[name], b[name]) for name in a)
     start_weights = load_policy(small_policy)[0].state_dict()
@@ -70,7 +70,7 @@ def test_metrics_have_what_the_readme_promises(small_policy, tmp_path):
     assert [line.split()[0] for line in head] == ["games", "model", "engine", "update", "loss", "output"]
     assert all("(--" in line for line in head)  # each with the flag that changes it
     rows = metrics(out)
-    assert rows[0]["eval_valid_unseen"]["games"] == 3 and rows[4]["eval_valid_seen"]["games"] == 3
+    assert rows[0]["eval_L1"]["games"] == 3 and rows[4]["eval_L0"]["games"] == 3
     wanted = {"success", "reward", "malformed", "inadmissible", "no_effect", "repeated", "groups_without_signal",
               "policy_loss", "generative_loss", "value_loss", "kl", "clip_fraction", "entropy", "tokens"}
     assert all(wanted - {"generative_loss"} <= set(row) for row in rows[1:])
@@ -99,9 +99,9 @@ def test_bad_input_is_one_clear_line(arguments, message, small_policy, tmp_path)
 
 def test_checkpoints_appear_complete_or_not_at_all(tokenizer, model, tmp_path, monkeypatch):
     """A write that fails half-way leaves the old folder as it was."""
-    import cold_start
+    import policy
     folder = str(tmp_path / "policy")
-    cold_start.save_policy(folder, model, tokenizer, version=1)
+    policy.save_policy(folder, model, tokenizer, version=1)
     before = sorted(os.listdir(folder))
 
     def full_disk(*_, **__):
@@ -109,7 +109,7 @@ def test_checkpoints_appear_complete_or_not_at_all(tokenizer, model, tmp_path, m
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", full_disk)
     with pytest.raises(OSError):
-        cold_start.save_policy(folder, model, tokenizer, version=2)
+        policy.save_policy(folder, model, tokenizer, version=2)
     assert sorted(os.listdir(folder)) == before
     with open(os.path.join(folder, "notes.json")) as file:
         assert json.load(file) == {"version": 1}

