@@ -48,9 +48,9 @@ def find_java():
 
 
 def heap_megabytes(workers):
-    """What one Java machine may use: together half of the memory, 2 GB at most each."""
+    """What one Java machine may use: together half of the memory, 1 GB at most each."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
-    return max(256, min(2048, total // 2 // max(1, workers)))
+    return max(256, min(1024, total // 2 // max(1, workers)))
 
 
 class Machine:
@@ -95,6 +95,11 @@ class ScienceWorld:
         self.server = self.machine.gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
         self.generator = self.machine.gateway.jvm.java.util.Random()
         self.count, self.simplifications = 0, None
+        self._slim()
+
+    def _slim(self):
+        """Let go of what the simulator needs for loading alone: all objects of all variations of all tasks, 15 MB."""
+        getattr(self.server, "taskMaker_$eq")(None)
 
     def _enter(self):
         """Put this environment's share of the simulator's global variables in place."""
@@ -118,6 +123,7 @@ class ScienceWorld:
             error = str(failure.java_exception)
         if error:
             raise BadGame(f"{game.name}: the simulator cannot load it ({error.strip()})")
+        self._slim()
         self.simplifications = "teleportAction,openDoors,selfWateringFlowerPots"  # what "easy" stands for ...
         if "power-component" not in task and "conductivity" not in task:
             self.simplifications += ",noElectricalAction"                        # ... in this task
