@@ -181,7 +181,8 @@ def bench_loop(model_folder, tasks=16, group=8, repeats=3):
     from classifier_loss import BAD, GOOD
     from policy import QUESTION, load_policy, make_chat
     from env_pool import EnvPool
-    from rollout import Episode, TorchEngine, play
+    from rollout import Episode, play
+    from torch_engine import TorchEngine
     from update import advantages_of, make_batch, update
 
     model, tokenizer = load_policy(model_folder)

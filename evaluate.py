@@ -25,7 +25,8 @@ from collections import defaultdict
 
 import envs
 from env_pool import EnvPool
-from rollout import FLAWS, Episode, Step, TorchEngine, flaw_rates, judge, play
+from rollout import FLAWS, Episode, Step, flaw_rates, judge, play
+from torch_engine import TorchEngine
 
 NORMAL = 1.959964  # 97.5% quantile
 
@@ -123,12 +124,12 @@ def compare(a, b):
 
 # ---------------------------------------------------------------------------------------------------------- the agents
 
-def evaluate(engine, pool, chat, games, max_steps=20, seed=0, batch=128, max_context=2048):
+def evaluate(engine, pool, chat, games, max_steps=20, seed=0, batch=128, max_context=2048, show_actions=False):
     """Play every game once with an engine; returns `summarize`'s dictionary and the episodes."""
     episodes, bad = [], []
     for begin in range(0, len(games), batch):
         chunk = [games[i] for i in range(begin, min(begin + batch, len(games)))]
-        played, report = play(engine, pool, chat, chunk, 1, max_steps, max_context, seed + begin)
+        played, report = play(engine, pool, chat, chunk, 1, max_steps, max_context, seed + begin, show_actions)
         episodes += played
         bad += report["bad_games"]
     return {**summarize(episodes), "bad_games": bad}, episodes
@@ -224,6 +225,7 @@ def main():
                         "ScienceWorld, 15 on its short tasks")
     parser.add_argument("--max-new-tokens", type=int, help="per answer (default 24 for our tiny policies, 512 for others)")
     parser.add_argument("--max-context", type=int, help="tokens (default 2048 for our tiny policies, 8192 for others)")
+    parser.add_argument("--show-actions", action="store_true", help="name the admissible commands in every observation")
     parser.add_argument("--temperature", type=float, default=1.0, help="1 samples as in training, 0 is greedy")
     parser.add_argument("--seed", type=int, default=0, help="for sampling; the games are always the same")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="environment processes")
@@ -271,7 +273,7 @@ def run(args, folder):
         chat, _ = make_chat(tokenizer, args.env, folder)
         engine = TorchEngine(model, chat.eos, args.temperature, args.max_new_tokens or (24 if ours else 512))
         result, _ = evaluate(engine, pool, chat, games, steps, args.seed, args.batch,
-                             args.max_context or (2048 if ours else 8192))
+                             args.max_context or (2048 if ours else 8192), args.show_actions)
         return {**about, **result}
 
 

@@ -69,15 +69,29 @@ def k3(logprobs, ref_logprobs):
     return torch.exp(d) - d - 1.0
 
 
-def grpo_loss(logprobs, old_logprobs, advantages, weights, clip=0.2, ref_logprobs=None, kl_coef=0.0):
+def truncated_importance(trainer_logprobs, sampler_logprobs, clip):
+    """min(pi_trainer / pi_sampler, clip) per token, without gradient (Yao et al. 2025, "truncated importance sampling").
+
+    An engine such as vLLM samples from a slightly different distribution than the trainer computes, with the very same
+    weights. This weight turns the mean over its samples into one over the trainer's; the clip bounds the variance.
+
+    >>> truncated_importance(torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.0, -2.0, -2.0]), 2.0)
+    tensor([1.0000, 2.0000, 0.3679])
+    """
+    return torch.exp(trainer_logprobs - sampler_logprobs).clamp(max=clip).detach()
+
+
+def grpo_loss(logprobs, old_logprobs, advantages, weights, clip=0.2, ref_logprobs=None, kl_coef=0.0, importance=None):
     """The clipped surrogate with KL penalty, eqs. (2)-(4).
 
     Args:
         logprobs: (N,) log-probabilities under the current policy, with gradient.
-        old_logprobs: (N,) log-probabilities recorded in sampling.
+        old_logprobs: (N,) log-probabilities recorded in sampling, or recomputed by the trainer before the first step.
         advantages: (N,) advantage of the episode (or step) that each token belongs to.
         weights: (N,) from `token_weights`; of a micro-batch, the slice of the whole batch's weights.
         clip: how far the ratio may move before the gradient stops.
+        importance: (N,) from `truncated_importance` where the sampler is not the trainer, else None. The KL term is left
+            as it is: a small bias in a small penalty.
     Returns:
         loss (scalar; losses of micro-batches add up) and a dictionary of *sums* weighted like the loss, to be added
         over micro-batches as well: policy_loss, kl, clip_fraction, ratio.
@@ -85,10 +99,12 @@ def grpo_loss(logprobs, old_logprobs, advantages, weights, clip=0.2, ref_logprob
     ratio = torch.exp(logprobs - old_logprobs)                                   # (N,) eq. (2)
     clipped = ratio.clamp(1.0 - clip, 1.0 + clip)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)          # (N,) the pessimistic one
+    if importance is not None:
+        surrogate = importance * surrogate
     loss = policy_loss = -(weights * surrogate).sum()                            # eq. (3)
     stats = {"policy_loss": policy_loss.detach(), "kl": torch.zeros_like(loss).detach(),
              # clipped and therefore without gradient: the surrogate took the constant branch
-             "clip_fraction": (weights * (surrogate < ratio * advantages)).sum().detach(),
+             "clip_fraction": (weights * (clipped * advantages < ratio * advantages)).sum().detach(),
              "ratio": (weights * ratio).sum().detach()}
     if ref_logprobs is not None:
         kl = (weights * k3(logprobs, ref_logprobs)).sum()                        # eq. (4)

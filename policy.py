@@ -4,6 +4,7 @@
 texts of the games, a ChatML template. Every other file treats it exactly as it treats Qwen/Qwen2.5-1.5B-Instruct.
 """
 
+import errno
 import json
 import math
 import os
@@ -67,25 +68,95 @@ def load_policy(folder, device="cpu", dtype=torch.float32):
         generic = get_tokenizer_config(folder).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
         tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise FileNotFoundError(f"{folder} is not a checkpoint that transformers can load: {str(error).splitlines()[0]}")
+    except Exception as error:  # a missing folder, a torn file, an unknown architecture: each raises something else
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(f"{folder} is not a checkpoint that transformers can load: {why}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device), tokenizer
 
 
-def save_policy(folder, model, tokenizer, dtype=None, **notes):
-    """Write a Hugging Face folder atomically: a reader finds the old one or the new one, never half of it."""
+def add_lora(model, rank):
+    """Train low-rank additions to all linear layers instead of the weights themselves (Hu et al. 2021), through peft.
+
+    The weights are frozen; with the additions switched off (`reference_of`) the model is the one it began as, so that
+    the KL's reference costs no second copy.
+    """
+    from peft import LoraConfig, get_peft_model
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear"))
+
+
+def compute_in_bfloat16(model):
+    """Matrix products in bfloat16, weights and their updates in float32: at a rate of 1e-6 bfloat16 would round most
+    updates away. In place."""
+    for part in (model.get_decoder(), model.get_output_embeddings()):
+        device = next(part.parameters()).device.type
+        part.forward = torch.autocast(device, dtype=torch.bfloat16)(part.forward)
+
+
+def trainable(folder, device="cpu", half=False, lora_rank=0, gradient_checkpointing=False, with_reference=True, seed=0):
+    """(model to train, reference or None, tokenizer).
+
+    half: compute in bfloat16. Frozen weights are then stored in it as well, trained ones are not. With LoRA the reference
+    is the model itself: use it inside `reference.disable_adapter()`.
+    """
+    model, tokenizer = load_policy(folder, device, torch.bfloat16 if half and lora_rank else torch.float32)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    reference = None
+    if with_reference and not lora_rank:
+        reference = load_policy(folder, device, torch.bfloat16 if half else torch.float32)[0].requires_grad_(False)
+    torch.manual_seed(seed)
+    if lora_rank:
+        model = add_lora(model, lora_rank)
+    if half:
+        for one in (model, reference):
+            if one is not None:
+                compute_in_bfloat16(one)
+    return model, model if with_reference and lora_rank else reference, tokenizer
+
+
+def plain_state_dict(model):
+    """The weights as plain transformers knows them, LoRA's additions merged in. `model` itself is left as it is, since
+    merging and unmerging in place would not give back the same bits."""
+    if not hasattr(model, "peft_config"):
+        return model.state_dict()
+    base = model.get_base_model()
+    state = {k.replace(".base_layer.", "."): v for k, v in base.state_dict().items() if ".lora_" not in k}
+    for name, module in base.named_modules():
+        if hasattr(module, "lora_A"):
+            weight = module.base_layer.weight
+            state[f"{name}.weight"] = (weight.float() + module.get_delta_weight("default").float()).to(weight.dtype)
+    return state
+
+
+def save_policy(folder, model, tokenizer, dtype=None, extras=None, **notes):
+    """Write a Hugging Face folder atomically: a reader finds the old one or the new one, never half of it.
+
+    extras: called with the unfinished folder, to write more into it. Raises OSError, and then leaves no half folder.
+    """
     partial = f"{folder.rstrip('/')}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    state = {k: v.to(dtype or v.dtype) for k, v in model.state_dict().items()}
-    model.save_pretrained(partial, state_dict=state)
-    tokenizer.save_pretrained(partial)
-    if notes:
+    try:
+        adapted = hasattr(model, "peft_config")
+        state = {k: v.to(dtype or v.dtype) for k, v in plain_state_dict(model).items()}
+        (model.get_base_model() if adapted else model).save_pretrained(partial, state_dict=state)
+        if adapted:
+            model.save_pretrained(os.path.join(partial, "adapter"))
+        tokenizer.save_pretrained(partial)
         with open(os.path.join(partial, "notes.json"), "w") as file:
             json.dump(notes, file, indent=1)
-    shutil.rmtree(folder, ignore_errors=True)
+        if extras:
+            extras(partial)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # safetensors and torch report a full disk in their own ways
+        full = isinstance(error, Exception) and "No space left" in str(error) and not isinstance(error, OSError)
+        raise (OSError(errno.ENOSPC, "No space left on device", folder) if full else error)
+    if os.path.isdir(folder):  # never a moment without one of the two
+        os.replace(folder, folder.rstrip("/") + ".old")
     os.replace(partial, folder)
+    shutil.rmtree(folder.rstrip("/") + ".old", ignore_errors=True)
 
 
 def make_chat(tokenizer, env, folder):

@@ -7,31 +7,35 @@
     python train.py --resume runs/alfworld-...                        # go on where a killed run stopped
 
 One iteration: play `--tasks` games `--group-size` times each with the current policy; advantages within each group;
-labels good/bad for single steps; `--updates` optimizer steps on L = L_GRPO + lambda * L_cls; log. The engine samples
-from the very weights that are trained, so there is nothing to synchronise here.
+labels good/bad for single steps; `--updates` optimizer steps on L = L_GRPO + lambda * L_cls; sync; log. The PyTorch engine
+samples from the very weights that are trained; vLLM is given them after each iteration, and what remains of a difference
+is corrected by importance weights.
 
 Departures from the paper: a tiny policy by default (see cold_start.py), and what the paper leaves open (labels, class
 balance, normalisation) is spelled out in classifier_loss.py and grpo.py.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
-import shutil
 import sys
 import time
 
 import torch
 
 import envs
+from checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_atomically
 from classifier_loss import BAD, GOOD
 from cold_start import make_cold_start
 from curves import draw
 from env_pool import EnvPool
 from evaluate import evaluate, table
-from policy import QUESTION, load_policy, make_chat, save_policy
-from rollout import TorchEngine, flaw_rates, play
-from update import advantages_of, make_batch, reference_logprobs, teach_question, update
+from policy import QUESTION, make_chat, trainable
+from rollout import flaw_rates, play
+from torch_engine import TorchEngine
+from update import advantages_of, make_batch, recompute_old_logprobs, reference_logprobs, teach_question, update
 
 
 def parse_arguments():
@@ -54,7 +58,18 @@ def parse_arguments():
          help="for --model tiny. auto: the policy in policies/tiny, on official games trained on with their expert; "
               "train: train one now; none: random weights. What is trained is cached in policies/")
     flag("--cold-start-episodes", type=int, default=1500, help="expert games where a cold start is trained")
-    flag("--engine", default="auto", choices=["auto", "torch"], help="who samples")
+    flag("--engine", default="auto", choices=["auto", "torch", "vllm"], help="who samples; auto: vLLM where it is installed and "
+         "there is a GPU")
+    flag("--engine-memory", type=float, default=0.4, help="share of the GPU's memory for vLLM; the trainer needs the rest")
+    flag("--tensor-parallel", type=int, default=1, help="GPUs that vLLM spreads the model over")
+    flag("--tis-clip", type=float, default=2.0, help="vLLM: largest importance weight against the trainer's distribution")
+    flag("--engine-gap", type=float, default=0.1, help="vLLM: stop where its log-probabilities are further than this from the "
+         "trainer's, in nats per token on average: its weights are stale, then")
+    flag("--lora-rank", type=int, default=0, help="train low-rank additions of this rank (peft); 0 trains all weights")
+    flag("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="of the matrix products; weights and "
+         "their updates stay in float32, frozen weights under LoRA do not. auto: bfloat16 on a GPU")
+    flag("--gradient-checkpointing", action="store_true", help="compute activations again instead of keeping them: less memory")
+    flag("--show-actions", action="store_true", help="name the admissible commands in every observation")
     flag("--temperature", type=float, default=1.0, help="of sampling; the trainer scores with the same")
     flag("--max-new-tokens", type=int, help="per answer (default 24 for our tiny policy, 512 for others)")
     flag("--max-context", type=int, help="tokens; an episode that would grow longer ends there (default 2048, others 8192)")
@@ -91,7 +106,7 @@ def parse_arguments():
     if args.resume:
         try:
             with open(os.path.join(args.resume, "config.json")) as file:
-                args = argparse.Namespace(**{**json.load(file), "resume": args.resume, "out": args.resume})
+                args = argparse.Namespace(**{**vars(args), **json.load(file), "resume": args.resume, "out": args.resume})
         except (OSError, ValueError):
             parser.error(f"--resume {args.resume}: no config.json of a run in there")
     for name in ("iterations", "tasks", "group_size", "updates", "micro_tokens", "workers", "save_every"):
@@ -114,7 +129,11 @@ def setup(args):
     args.max_steps = args.max_steps or envs.max_steps(args.games, args.task_types)
     args.eval_games = {"alfworld": 200, "scienceworld": 300}[args.env] if args.eval_games is None else args.eval_games
     args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    args.engine = "torch" if args.engine == "auto" else args.engine
+    there = importlib.util.find_spec("vllm") is not None
+    if args.engine == "vllm" and not there:
+        raise ValueError("--engine vllm needs vLLM: pip install -r requirements-vllm.txt, or use --engine torch")
+    if args.engine == "auto":
+        args.engine = "vllm" if there and args.device.startswith("cuda") else "torch"
     args.out = args.out or f"runs/{args.env}-{args.classifier}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     games = envs.level_games(args.env, args.level, "train", args.games, args.task_types)
     print(f"games   {args.games}, level {args.level}, {len(games):,} for training, at most {args.max_steps} steps   (--games, "
@@ -123,7 +142,9 @@ def setup(args):
     folder = args.model if args.model != "tiny" else make_cold_start(args, games, pool)
     print(f"model   {folder}   (--model, --cold-start)")
     print(f"engine  {args.engine} on {args.device}, {torch.get_num_threads()} threads   (--engine, --device)")
-    model, tokenizer = load_policy(folder, args.device)
+    half = args.precision == "bfloat16" or (args.precision == "auto" and args.device.startswith("cuda"))
+    model, reference, tokenizer = trainable(folder, args.device, half, args.lora_rank, args.gradient_checkpointing,
+                                            args.kl_coef > 0, args.seed)
     chat, ours = make_chat(tokenizer, args.env, folder)
     args.max_new_tokens = args.max_new_tokens or (24 if ours else 512)
     args.max_context = args.max_context or (2048 if ours else 8192)
@@ -133,63 +154,24 @@ def setup(args):
     print(f"loss    GRPO + {args.classifier_coef} * {args.classifier} classifier, labels by {args.labels}   (--classifier, "
           "--classifier-coef, --labels)" if args.classifier != "none" else "loss    GRPO alone   (--classifier)")
     print(f"output  {args.out}   (--out)", flush=True)
-    torch.manual_seed(args.seed)
     value_head = torch.nn.Linear(model.config.hidden_size, 1).to(args.device) if args.classifier in ("value", "both") else None
-    parameters = list(model.parameters()) + (list(value_head.parameters()) if value_head else [])
+    parameters = [p for p in model.parameters() if p.requires_grad] + (list(value_head.parameters()) if value_head else [])
     question = None
     if args.classifier in ("generative", "both"):
         encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
         question = (chat.next_prompt(QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
-    reference = load_policy(folder, args.device)[0].requires_grad_(False) if args.kl_coef > 0 else None
     return dict(games=games, pool=pool, model=model, tokenizer=tokenizer, chat=chat, value_head=value_head,
                 reference=reference, question=question, folder=folder, prompt="short" if ours else "instructions",
-                engine=TorchEngine(model, chat.eos, args.temperature, args.max_new_tokens),
+                engine=make_engine(args, model, chat, folder, half),
                 optimizer=torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0))
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
-
-def save_checkpoint(args, run, iteration):
-    """`checkpoint-000010/`: a Hugging Face folder plus what a resumed run needs. It appears complete or not at all."""
-    folder = os.path.join(args.out, f"checkpoint-{iteration:06d}")
-    partial = folder + ".partial"
-    save_policy(partial, run["model"], run["tokenizer"], iteration=iteration, started_from=run["folder"],
-                prompt=run["prompt"])
-    torch.save({"iteration": iteration, "optimizer": run["optimizer"].state_dict(),
-                "value_head": run["value_head"] and run["value_head"].state_dict()}, os.path.join(partial, "trainer.pt"))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-    for old in checkpoints(args.out)[:-2]:
-        shutil.rmtree(os.path.join(args.out, old))
-    return folder
-
-
-def checkpoints(out):
-    names = [n for n in os.listdir(out) if n.startswith("checkpoint-") and not n.endswith(".partial")]
-    return sorted(names) if os.path.isdir(out) else []
-
-
-def resume(args, run):
-    """Load the newest checkpoint into `run`; returns the number of iterations done.
-
-    Nothing random is stored: games, sampling and shuffling of an iteration are seeded by (seed, iteration).
-    """
-    found = checkpoints(args.out)
-    if not found:
-        return 0  # killed before the first checkpoint: begin again, with the same numbers
-    folder = os.path.join(args.out, found[-1])
-    run["model"].load_state_dict(load_policy(folder)[0].state_dict())
-    trainer = torch.load(os.path.join(folder, "trainer.pt"), map_location=args.device, weights_only=True)
-    run["optimizer"].load_state_dict(trainer["optimizer"])
-    if run["value_head"]:
-        run["value_head"].load_state_dict(trainer["value_head"])
-    path = os.path.join(args.out, "metrics.jsonl")
-    with open(path) as file:  # lines written after the checkpoint will be written again
-        kept = [line for line in file if line.endswith("\n") and json.loads(line)["iteration"] <= trainer["iteration"]]
-    with open(path + ".partial", "w") as file:
-        file.writelines(kept)
-    os.replace(path + ".partial", path)
-    return trainer["iteration"]
+def make_engine(args, model, chat, folder, half):
+    if args.engine == "torch":
+        return TorchEngine(model, chat.eos, args.temperature, args.max_new_tokens)
+    from vllm_engine import VLLMEngine
+    return VLLMEngine(folder, chat.eos, args.temperature, args.max_new_tokens, args.max_context, "bfloat16" if half else "float32",
+                      args.engine_memory, args.tensor_parallel, args.seed)
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -200,20 +182,26 @@ def main():
         run = setup(args)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"train.py: {error}")
-    try:
-        os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
-        done = resume(args, run) if args.resume else 0
-        with open(os.path.join(args.out, "config.json"), "w") as file:
-            json.dump({k: v for k, v in vars(args).items() if k != "resume"}, file, indent=1)
-    except OSError as error:
-        sys.exit(f"train.py: cannot write to --out {args.out}: {error.strerror}")
+    again = f"python train.py --resume {args.out}"
     with run["pool"]:
-        train(args, run, done)
+        try:
+            os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+            done = load_checkpoint(args.out, run["model"], run["optimizer"], run["value_head"], args.device) if args.resume else 0
+            if done:
+                run["engine"].sync(run["model"], run["tokenizer"])
+            write_atomically(os.path.join(args.out, "config.json"),
+                             json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1))
+            train(args, run, done)
+        except OSError as error:
+            sys.exit(f"train.py: cannot write to --out {args.out}: {error.strerror or error}. What is there is whole; once "
+                     f"that is mended, go on with: {again}")
+        except KeyboardInterrupt:
+            sys.exit(f"\ntrain.py: stopped. Go on from the last checkpoint with: {again}")
 
 
 def train(args, run, done):
     from torch.utils.tensorboard import SummaryWriter
-    board = SummaryWriter(args.out, purge_step=done + 1)
+    board, skipped_in_a_row = SummaryWriter(args.out, purge_step=done + 1), 0
     model, optimizer, value_head = run["model"], run["optimizer"], run["value_head"]
     begin = time.time()
     if done == 0:
@@ -228,7 +216,7 @@ def train(args, run, done):
         # 1. Rollout: whole groups of episodes, one game each.
         games = envs.sample_games(run["games"], args.tasks, seed)
         episodes, report = play(run["engine"], run["pool"], run["chat"], games, args.group_size, args.max_steps,
-                                args.max_context, seed)
+                                args.max_context, seed, args.show_actions)
         if not episodes:
             sys.exit(f"train.py: none of the games can be played: {report['bad_games'][0]}")
         if not all(e.steps for e in episodes):
@@ -237,26 +225,24 @@ def train(args, run, done):
             episode.reward = float(episode.won)
         played = time.perf_counter()
 
-        # 2. Advantages within groups; split the groups over the optimizer steps of this iteration.
-        advantages, no_signal = advantages_of(episodes, args.advantage == "std")
-        groups = sorted({e.group for e in episodes})
-        shares = [set(groups[i::args.updates]) for i in range(args.updates)]
+        # 2. Advantages within groups, labels, weights: a batch for each optimizer step of this iteration.
+        batches, no_signal, gap = make_batches(args, run, episodes, seed)
 
-        # 3. Labels, losses and steps.
+        # 3. Losses and steps.
         for group in optimizer.param_groups:
             left = 1.0 - (iteration - 1) / args.iterations
             group["lr"] = args.lr * min(iteration / max(1, args.warmup), args.lr_end + (1.0 - args.lr_end) * left)
         parts = []
-        for i, share in enumerate(shares):
-            chosen = [j for j, e in enumerate(episodes) if e.group in share]
-            if not chosen:
-                continue
-            batch = make_batch([episodes[j] for j in chosen], advantages[chosen], args.labels, args.weighting,
-                               args.questions if run["question"] else 0, seed + i)
-            if run["reference"] is not None:
-                batch.ref_logprobs = reference_logprobs(run["reference"], batch.episodes, args.temperature, args.micro_tokens)
+        for batch in batches:
             parts.append(update(model, value_head, optimizer, batch, run["question"], args.clip, args.kl_coef,
                                 args.classifier_coef, args.temperature, args.micro_tokens, args.max_norm))
+            # A loss or gradient that is not a number changes nothing; again and again, it is no accident.
+            skipped_in_a_row = skipped_in_a_row + 1 if parts[-1]["skipped"] else 0
+            if skipped_in_a_row == 3:
+                torch.save(batch, os.path.join(args.out, "bad_batch.pt"))
+                sys.exit(f"train.py: three updates in a row had a loss or gradient that is not finite, and were skipped. The last "
+                         f"batch is in {args.out}/bad_batch.pt; a lower --lr, or --precision float32, may help")
+        run["engine"].sync(model, run["tokenizer"])
         updated = time.perf_counter()
 
         # 4. Log: one line on the screen, everything in metrics.jsonl and TensorBoard.
@@ -268,6 +254,7 @@ def train(args, run, done):
                "steps": sum(len(e.steps) for e in episodes) / len(episodes), **flaw_rates(episodes),
                "groups_without_signal": no_signal,
                **{name: sum(p[name] for p in parts if name in p) / sum(name in p for p in parts) for name in names},
+               **({"engine_gap": gap} if gap is not None else {}),
                "truncated": sum(e.truncated for e in episodes), "bad_games": len(report["bad_games"]),
                "worker_restarts": run["pool"].restarts, "tokens": tokens, "seconds_sample": report["sample"],
                "seconds_env": report["env"], "seconds_play": played - clock, "seconds_update": updated - played}
@@ -280,20 +267,47 @@ def train(args, run, done):
         log(args, board, iteration, row)
         if iteration % args.save_every == 0 or iteration == args.iterations:
             write_samples(args, run["tokenizer"], episodes, iteration)
-            folder = save_checkpoint(args, run, iteration)
+            save_checkpoint(args.out, model, run["tokenizer"], optimizer, value_head, iteration,
+                            started_from=run["folder"], prompt=run["prompt"])
             draw([args.out], os.path.join(args.out, "curves.png"))
     board.close()
     print(f"{(time.time() - begin) / 60:.1f} minutes; curves: {args.out}/curves.png; policy: {checkpoints(args.out)[-1]}")
+
+
+def make_batches(args, run, episodes, seed):
+    """The batches of an iteration's optimizer steps, whole groups each, computed before the first of them changes the
+    policy; the share of groups without signal; how far the engine's log-probabilities are from the trainer's."""
+    advantages, no_signal = advantages_of(episodes, args.advantage == "std")
+    groups, batches, gaps = sorted({e.group for e in episodes}), [], []
+    for i in range(args.updates):
+        share = set(groups[i::args.updates])
+        chosen = [j for j, e in enumerate(episodes) if e.group in share]
+        if not chosen:
+            continue
+        batch = make_batch([episodes[j] for j in chosen], advantages[chosen], args.labels, args.weighting,
+                           args.questions if run["question"] else 0, seed + i)
+        if args.engine == "vllm":
+            gaps.append(recompute_old_logprobs(run["model"], batch, args.temperature, args.micro_tokens, args.tis_clip))
+            if gaps[-1] > args.engine_gap:
+                sys.exit(f"train.py: vLLM's log-probabilities are {gaps[-1]:.3f} nats per token from the trainer's (--engine-gap "
+                         f"{args.engine_gap}): its weights are stale or its arithmetic differs; use --engine torch, or a "
+                         "model whose embeddings are not tied")
+        if run["reference"] is not None:
+            with run["reference"].disable_adapter() if args.lora_rank else contextlib.nullcontext():
+                batch.ref_logprobs = reference_logprobs(run["reference"], batch.episodes, args.temperature, args.micro_tokens)
+        batches.append(batch)
+    return batches, no_signal, sum(gaps) / len(gaps) if gaps else None
 
 
 def introduce_question(args, run):
     """Teach the question on one round of the policy's own episodes, with an optimizer that is thrown away."""
     games = envs.sample_games(run["games"], args.tasks, args.seed * 1_000_003)
     episodes, _ = play(run["engine"], run["pool"], run["chat"], games, args.group_size, args.max_steps, args.max_context,
-                       args.seed * 1_000_003)
+                       args.seed * 1_000_003, args.show_actions)
     optimizer = torch.optim.AdamW(run["model"].parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     first, last = teach_question(run["model"], optimizer, make_batch(episodes, torch.zeros(len(episodes))), run["question"],
                                  args.question_warmup, max_tokens=args.micro_tokens, seed=args.seed)
+    run["engine"].sync(run["model"], run["tokenizer"])
     print(f"taught the classifier's question: loss {first:.2f} -> {last:.2f} in {args.question_warmup} updates", flush=True)
 
 
@@ -303,7 +317,7 @@ def evaluation(args, run, levels, iteration):
     for level in levels if args.eval_games else []:
         games = envs.level_games(args.env, level, "test", args.games, args.task_types, args.eval_games)
         found[f"eval_{level}"], _ = evaluate(run["engine"], run["pool"], run["chat"], games, args.max_steps,
-                                             max_context=args.max_context)
+                                             max_context=args.max_context, show_actions=args.show_actions)
         print(f"\n{level} ({games[0].split}) after {iteration} iterations\n{table(found[f'eval_{level}'])}\n", flush=True)
     return found
 

@@ -7,13 +7,15 @@ A micro-batch is a matter of memory, never of the objective: every weight is com
 the micro-batches' losses add up to the batch's loss (tests/test_update.py compares the gradients).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from classifier_loss import (BAD, GOOD, balanced_choice, class_weights, generative_loss, outcome_labels, pack_branches,
                              rule_labels, value_head_loss)
-from grpo import group_advantages, grpo_loss, token_weights
+from grpo import group_advantages, grpo_loss, token_weights, truncated_importance
+from token_logprobs import token_logprobs
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Batch:
     value_weight: list            # E lists: weight of each step in the value head's loss
     question_weight: list         # E lists: weight of each step in the generative loss (0: not asked)
     ref_logprobs: list = None     # E tensors (n_e,), or None
+    importance: list = None       # E tensors (n_e,) where the sampler is not the trainer, or None
 
 
 def make_batch(episodes, advantages, labels_from="rules", weighting="token", questions_per_episode=0, seed=0):
@@ -81,7 +84,7 @@ def forward(model, episodes, temperature=1.0, branches=None, value_head=None):
         branches: per episode a list of (end, question ids, verdict ids); see `pack_branches`.
         value_head: Linear(D, 1) on the hidden state at the last token of each action, or None.
     Returns a dictionary of flat tensors, in the order episode, then position:
-        logprobs (N,), entropy (N,) of the sampled tokens; verdicts (Q,), verdict_first (Q, V) of the questions;
+        logprobs (N,), entropy (N,) of the sampled tokens; verdicts (Q,), verdict_first (Q, V) logits of the questions;
         values (S,) of the steps.
     """
     branches = branches or [[] for _ in episodes]
@@ -99,27 +102,25 @@ def forward(model, episodes, temperature=1.0, branches=None, value_head=None):
         return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
 
     def score(rows, columns, scale=1.0):
-        """Log-probabilities (n, V) of the tokens *at* these places: the hidden state one to the left predicts them."""
-        return torch.log_softmax(head(hidden[rows, columns - 1]).float() / scale, dim=-1)
+        """Log-probability and entropy, (n,) each, of the tokens *at* these places: the state one to the left predicts them."""
+        return token_logprobs(hidden[rows, columns - 1], head, tokens[rows, columns], scale)
 
     out = {}
     rows, columns = places([(b, t) for b, e in enumerate(episodes) for t, s in enumerate(e.sampled) if s])
-    full = score(rows, columns, temperature or 1.0)                                             # (N, V)
-    out["logprobs"] = full.gather(1, tokens[rows, columns][:, None])[:, 0]                      # (N,)
-    out["entropy"] = -(full.detach().exp() * full.detach()).sum(-1)                             # (N,)
+    out["logprobs"], out["entropy"] = score(rows, columns, temperature or 1.0)                  # (N,), (N,)
     if any(branches):
         asked = [(b, start + len(q), v) for b, (questions, begin) in enumerate(zip(branches, starts))
                  for (_, q, v), start in zip(questions, begin)]
-        flat = [(b, column + i) for b, column, v in asked for i in range(len(v))]
-        rows, columns = places(flat)
-        full = score(rows, columns)                                                             # (Q * len, V)
-        each = full.gather(1, tokens[rows, columns][:, None])[:, 0]
+        rows, columns = places([(b, column + i) for b, column, v in asked for i in range(len(v))])
+        each, _ = score(rows, columns)                                                          # (Q * len,)
         lengths = [len(v) for *_, v in asked]
         out["verdicts"] = torch.stack([part.sum() for part in each.split(lengths)])             # (Q,)
-        out["verdict_first"] = full[torch.tensor([0] + lengths[:-1], device=device).cumsum(0)].detach()
+        first = torch.tensor([0] + lengths[:-1], device=device).cumsum(0)
+        with torch.no_grad():
+            out["verdict_first"] = head(hidden[rows[first], columns[first] - 1])                # (Q, V), to compare two of
     if value_head is not None:
         rows, columns = places([(b, step.end - 1) for b, e in enumerate(episodes) for step in e.steps])
-        out["values"] = value_head(hidden[rows, columns]).float()[:, 0]                         # (S,)
+        out["values"] = value_head(hidden[rows, columns].float())[:, 0]                         # (S,)
     return out
 
 
@@ -134,6 +135,15 @@ def reference_logprobs(model, episodes, temperature, max_tokens):
         for i, part in zip(micro, logprobs.split([sum(e.sampled) for e in chosen])):
             found[i] = part
     return found
+
+
+def recompute_old_logprobs(model, batch, temperature, max_tokens, tis_clip):
+    """Where another engine sampled: the trainer's log-probabilities become the old ones, the difference is corrected by
+    truncated importance weights. In place; returns the mean |difference| per token, in nats."""
+    sampler = batch.old_logprobs
+    batch.old_logprobs = reference_logprobs(model, batch.episodes, temperature, max_tokens)
+    batch.importance = [truncated_importance(t, s, tis_clip) for t, s in zip(batch.old_logprobs, sampler)]
+    return (torch.cat(batch.old_logprobs) - torch.cat(sampler)).abs().mean().item()
 
 
 def branches_of(batch, micro, question):
@@ -202,7 +212,8 @@ def update(model, value_head, optimizer, batch, question=None, clip=0.2, kl_coef
         weights, lengths = cat(batch.token_weight), torch.tensor([sum(e.sampled) for e in episodes])
         advantages = batch.advantages[micro].repeat_interleave(lengths).to(device)              # (N,)
         loss, parts = grpo_loss(out["logprobs"], cat(batch.old_logprobs), advantages, weights, clip,
-                                cat(batch.ref_logprobs) if batch.ref_logprobs else None, kl_coef)
+                                cat(batch.ref_logprobs) if batch.ref_logprobs else None, kl_coef,
+                                cat(batch.importance) if batch.importance else None)
         for name, value in parts.items():
             add(name, value)
         add("entropy", (weights * out["entropy"]).sum())
@@ -228,6 +239,9 @@ def update(model, value_head, optimizer, batch, question=None, clip=0.2, kl_coef
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
-    optimizer.step()
+    finite = math.isfinite(stats["grad_norm"]) and math.isfinite(stats["loss"])
+    if finite:
+        optimizer.step()
+    stats["skipped"] = float(not finite)
     stats.update({f"accuracy_{name}": right[name] / seen[name] for name in right})
     return stats

@@ -13,6 +13,7 @@ import policy  # noqa: E402
 import envs  # noqa: E402
 from env_pool import EnvPool  # noqa: E402
 import rollout  # noqa: E402
+import torch_engine  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -50,7 +51,7 @@ def pool():
 def episodes(model, tokenizer, chat, pool):
     """Six episodes in three groups of a random policy on real games, with rewards and flaws set by hand."""
     games = [envs.generated_game("train", seed) for seed in range(3)]
-    engine = rollout.TorchEngine(model, chat.eos, max_new_tokens=6)
+    engine = torch_engine.TorchEngine(model, chat.eos, max_new_tokens=6)
     played, _ = rollout.play(engine, pool, chat, games, group_size=2, max_steps=3, seed=0)
     for i, episode in enumerate(played):
         episode.won = i % 2 == 0

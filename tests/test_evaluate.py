@@ -9,6 +9,7 @@ import pytest
 
 import envs
 import rollout
+import torch_engine
 from env_pool import EnvPool
 from evaluate import bootstrap, compare, evaluate, reference_result, summarize, wilson
 
@@ -17,7 +18,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def test_evaluation_does_not_depend_on_the_number_of_workers(model, chat):
     games = envs.list_games("alfworld", "valid_unseen", "generated", count=5)
-    engine, results = rollout.TorchEngine(model, chat.eos, max_new_tokens=4), []
+    engine, results = torch_engine.TorchEngine(model, chat.eos, max_new_tokens=4), []
     for workers in (1, 3):
         with EnvPool(workers) as pool:
             result, episodes = evaluate(engine, pool, chat, games, max_steps=3)

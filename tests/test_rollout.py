@@ -5,6 +5,7 @@ import torch
 
 import envs
 import rollout
+import torch_engine
 from demonstrations import expert_episodes
 
 
@@ -18,12 +19,17 @@ class Scripted:
     def start(self, seed):
         self.turn = -1
 
-    def generate(self, rows, sequences):
+        self.asked = []
+
+    def submit(self, row, tokens):
+        self.asked.append(row)
+
+    def poll(self):
         self.turn += 1
-        self.seen = sequences
+        rows, self.asked = self.asked, []
         text = self.answers[self.turn % len(self.answers)]
         ids = self.chat.tokenizer.encode(text, add_special_tokens=False)
-        return [(ids, [-0.5] * len(ids)) for _ in rows]
+        return [(row, ids, [-0.5] * len(ids)) for row in rows]
 
 
 def test_the_pieces_are_the_whole_conversation(chat, pool):
@@ -80,7 +86,7 @@ def test_a_group_that_starts_differently_is_refused(chat):
 
 def test_sampling_repeats_with_its_seed_and_greedy_takes_the_best(model, chat, pool):
     games = [envs.generated_game("train", s) for s in range(2)]
-    engine = rollout.TorchEngine(model, chat.eos, max_new_tokens=4)
+    engine = torch_engine.TorchEngine(model, chat.eos, max_new_tokens=4)
     tokens = lambda seed: [e.tokens for e in rollout.play(engine, pool, chat, games, 2, 2, seed=seed)[0]]
     assert tokens(1) == tokens(1) != tokens(2)
     engine.temperature = 0

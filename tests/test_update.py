@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import rollout
+import torch_engine
 from classifier_loss import BAD, GOOD
 from policy import QUESTION
 from envs import Observation
@@ -41,7 +42,7 @@ def test_sampling_logprobs_equal_the_trainers(model, chat, episodes):
 
 def test_finished_conversations_leave_the_others_alone(model, chat):
     """Rows of different length, one of which stops after the first turn: the other's numbers stay the trainer's."""
-    engine = rollout.TorchEngine(model, chat.eos, temperature=0.7, max_new_tokens=5)
+    engine = torch_engine.TorchEngine(model, chat.eos, temperature=0.7, max_new_tokens=5)
     engine.start(seed=3)
     sequences = {0: [5, 6, 7], 1: [8, 9], 2: [10, 11, 12, 13]}
     episodes = {row: rollout.Episode(None, 0) for row in sequences}
@@ -172,7 +173,7 @@ def test_a_two_step_game_is_learnt():
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                                          num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=16,
                                          tie_word_embeddings=False, bos_token_id=None, eos_token_id=7, pad_token_id=0))
-    engine, optimizer = rollout.TorchEngine(model, 7, max_new_tokens=1), torch.optim.AdamW(model.parameters(), lr=1e-2)
+    engine, optimizer = torch_engine.TorchEngine(model, 7, max_new_tokens=1), torch.optim.AdamW(model.parameters(), lr=1e-2)
     rates = []
     for iteration in range(40):
         episodes, _ = rollout.play(engine, ToyPool(), ToyChat, list(range(8)), 32, max_steps=2, seed=iteration)

@@ -1,0 +1,100 @@
+"""Runs that survive: checkpoints that appear complete or not at all, and resuming to the same numbers.
+
+A checkpoint is an ordinary Hugging Face folder (loads with plain transformers; a LoRA adapter stands merged in it, and by
+itself in `adapter/`, which loads with plain peft), plus `trainer.pt`: optimizer, value head, iteration. Nothing random is
+stored: the games, sampling and shuffling of an iteration are seeded by (seed, iteration).
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+
+import torch
+
+from policy import save_policy
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Ctrl-C in here takes effect at the end: what is being written gets finished."""
+    came = []
+    try:
+        before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    except ValueError:  # not the main thread: nobody sends us Ctrl-C
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
+def write_atomically(path, text):
+    """The file holds the old text or the new one, never half of it."""
+    with open(path + ".partial", "w") as file:
+        file.write(text)
+    os.replace(path + ".partial", path)
+
+
+def checkpoints(out):
+    """Names of the finished checkpoints in a run's folder, oldest first."""
+    names = os.listdir(out) if os.path.isdir(out) else []
+    return sorted(n for n in names if n.startswith("checkpoint-") and not n.endswith((".partial", ".old")))
+
+
+def save_checkpoint(out, model, tokenizer, optimizer, value_head, iteration, keep=2, **notes):
+    """Write `checkpoint-000010/` into the run's folder; the `keep` newest stay. Raises OSError (a full disk, say)."""
+    folder = os.path.join(out, f"checkpoint-{iteration:06d}")
+
+    def extras(partial):
+        torch.save({"iteration": iteration, "optimizer": optimizer.state_dict(),
+                    "value_head": value_head and value_head.state_dict()}, os.path.join(partial, "trainer.pt"))
+
+    with uninterrupted():
+        save_policy(folder, model, tokenizer, extras=extras, iteration=iteration, **notes)
+        for old in checkpoints(out)[:-keep]:
+            shutil.rmtree(os.path.join(out, old))
+    return folder
+
+
+def load_checkpoint(out, model, optimizer, value_head, device):
+    """Put the newest checkpoint that can be read into model, optimizer and value head; returns its iteration, 0 if none.
+
+    A damaged one (a truncated file) is named and passed over. metrics.jsonl is cut back to the checkpoint: what was
+    logged after it will be logged again, with the same numbers.
+    """
+    from safetensors.torch import load_file
+    iteration = 0
+    for name in reversed(checkpoints(out)):
+        folder = os.path.join(out, name)
+        try:
+            trainer = torch.load(os.path.join(folder, "trainer.pt"), map_location=device, weights_only=True)
+            if hasattr(model, "peft_config"):
+                from peft import set_peft_model_state_dict
+                weights = load_file(os.path.join(folder, "adapter", "adapter_model.safetensors"))
+                load = lambda: set_peft_model_state_dict(model, weights)
+            else:
+                weights = {}
+                for part in sorted(n for n in os.listdir(folder) if n.endswith(".safetensors")):
+                    weights |= load_file(os.path.join(folder, part))
+                load = lambda: model.load_state_dict(weights, strict=not model.config.tie_word_embeddings)
+        except Exception as error:  # truncated files make torch and safetensors raise all sorts of things
+            print(f"passing over {name}: it cannot be read ({type(error).__name__})")
+            continue
+        load()
+        optimizer.load_state_dict(trainer["optimizer"])
+        if value_head is not None:
+            value_head.load_state_dict(trainer["value_head"])
+        iteration = trainer["iteration"]
+        break
+    path = os.path.join(out, "metrics.jsonl")
+    if os.path.exists(path):
+        with open(path) as file:
+            whole = [line for line in file if line.endswith("\n")]  # a kill may have left half a line
+        kept = [line for line in whole if iteration and json.loads(line)["iteration"] <= iteration]
+        write_atomically(path, "".join(kept))
+    return iteration

@@ -1,0 +1,126 @@
+"""Sampling by PyTorch: any transformers model, on any device, with a KV cache that lives on from turn to turn."""
+
+import torch
+
+
+class RaggedCache:
+    """Keys and values of rows with different lengths, each row filled from the left without gaps.
+
+    Stands where transformers expects its `Cache`: each layer calls `update`. What lies right of a row's length is
+    rubbish from padding; the attention mask never lets it be seen, and the row's next tokens overwrite it.
+    """
+
+    def __init__(self):
+        self.layers = {}  # layer -> [keys, values], each (B, heads, capacity, head_dim): attention reads it in order
+        self.at = None    # (B, q) where the current forward pass writes
+        self.limit = 0    # columns that the current forward pass reads
+
+    def update(self, keys, values, layer, *_, **__):  # each (B, heads, q, head_dim)
+        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
+        stored = self.layers.setdefault(layer, [None, None])
+        for i, new in enumerate((keys, values)):
+            if stored[i] is None or stored[i].shape[2] < self.limit:
+                grown = new.new_zeros(*new.shape[:2], 2 * self.limit, new.shape[3])
+                if stored[i] is not None:
+                    grown[:, :, :stored[i].shape[2]] = stored[i]
+                stored[i] = grown
+            stored[i][rows, :, self.at] = new.transpose(1, 2)  # indexing puts (B, q) first: (B, q, heads, head_dim)
+        return stored[0][:, :, :self.limit], stored[1][:, :, :self.limit]
+
+    def keep(self, rows):
+        for stored in self.layers.values():
+            stored[0], stored[1] = stored[0][rows], stored[1][rows]
+
+    def get_seq_length(self, *_):
+        return 0  # positions are always passed explicitly
+
+
+class TorchEngine:
+    """Samples answers for many conversations at once; the KV cache lives on from turn to turn.
+
+    The interface of every engine (the other one: vllm_engine.py): `start(seed)`; `submit(row, tokens)` a conversation as
+    ids; `poll()` for those that have ended their turn, as (row, new ids, their log-probabilities). This one answers all
+    that were submitted at once. Rows that no longer take part are dropped from the cache: finished episodes cost nothing.
+    """
+
+    def __init__(self, model, eos, temperature=1.0, max_new_tokens=24):
+        self.model, self.eos = model, eos
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+        self.trunk, self.head = model.get_decoder(), model.get_output_embeddings()
+        self.device = next(model.parameters()).device
+
+    def start(self, seed):
+        """Forget all conversations. `seed` makes the sampling repeat."""
+        self.cache, self.rows, self.lengths, self.submitted = RaggedCache(), None, None, {}
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def sync(self, model, tokenizer):
+        """Nothing to do: it samples from the very weights that are trained."""
+
+    def submit(self, row, tokens):
+        self.submitted[row] = tokens
+
+    def poll(self):
+        asked, self.submitted = dict(sorted(self.submitted.items())), {}
+        return [(row, *answer) for row, answer in zip(asked, self.generate(list(asked), list(asked.values())))]
+
+    @torch.inference_mode()
+    def generate(self, rows, sequences):
+        """Continue conversations until each has ended its turn.
+
+        Args:
+            rows: names of the conversations (the same number means the same conversation, longer by now).
+            sequences: their full token ids so far.
+        Returns: a list of (new ids, log-probabilities under the sampling distribution), in the order of `rows`.
+        """
+        self.model.eval()
+        if self.rows is None:
+            self.rows, self.lengths = list(rows), torch.zeros(len(rows), dtype=torch.long, device=self.device)
+        elif self.rows != list(rows):  # some have finished
+            place = {row: i for i, row in enumerate(self.rows)}
+            index = torch.tensor([place[row] for row in rows], device=self.device)
+            self.cache.keep(index)
+            self.rows, self.lengths = list(rows), self.lengths[index]
+
+        known = self.lengths.tolist()
+        chunks = [ids[n:] for ids, n in zip(sequences, known)]  # what the cache has not seen
+        widths = torch.tensor([len(c) for c in chunks], device=self.device)
+        width = max(len(c) for c in chunks)
+        batch = torch.tensor([c + [0] * (width - len(c)) for c in chunks], device=self.device)  # (B, q)
+        hidden = self._forward(batch)                                                           # (B, q, D)
+        hidden = hidden[torch.arange(len(rows), device=self.device), widths - 1]                # (B, D)
+        self.lengths = self.lengths + widths
+
+        ids, logprobs = [[] for _ in rows], [[] for _ in rows]
+        running = [True] * len(rows)
+        for i in range(self.max_new_tokens):
+            token, logprob = self._choose(self.head(hidden).float())                            # (B,), (B,)
+            for b, (t, l) in enumerate(zip(token.tolist(), logprob.tolist())):
+                if running[b]:
+                    ids[b].append(t)
+                    logprobs[b].append(l)
+                    running[b] = t != self.eos
+            if not any(running) or i == self.max_new_tokens - 1:
+                break
+            # Rows whose turn has ended ride along: what they write lies beyond their length.
+            hidden = self._forward(token[:, None])[:, 0]
+            self.lengths = self.lengths + torch.tensor(running, device=self.device)
+        return list(zip(ids, logprobs))
+
+    def _forward(self, batch):
+        """Hidden states (B, q, D) of the next q tokens of each row; row b's tokens start at position lengths[b]."""
+        positions = self.lengths[:, None] + torch.arange(batch.shape[1], device=self.device)   # (B, q)
+        self.cache.at, self.cache.limit = positions, int(positions.max()) + 1
+        columns = torch.arange(self.cache.limit, device=self.device)
+        visible = columns <= positions[:, :, None]                                             # (B, q, limit)
+        return self.trunk(input_ids=batch, position_ids=positions, attention_mask=visible[:, None],
+                          past_key_values=self.cache, use_cache=True).last_hidden_state
+
+    def _choose(self, logits):
+        """Sample from softmax(logits / temperature), or take the largest at temperature 0; (B, V) -> (B,), (B,)."""
+        logprobs = torch.log_softmax(logits / (self.temperature or 1.0), dim=-1)
+        if self.temperature == 0:
+            token = logprobs.argmax(dim=-1)
+        else:
+            token = torch.multinomial(logprobs.exp(), 1, generator=self.generator)[:, 0]
+        return token, logprobs.gather(1, token[:, None])[:, 0]
