@@ -3,7 +3,8 @@
     # the policy in the repository: first to see, then to act like a careless expert (27% of valid_unseen)
     python cold_start.py --out policies/first --games generated --episodes 24000 --epochs 3 --stop-step 750
     python cold_start.py --out policies/tiny --games generated --init policies/first --sloppy 0.5 --episodes 7000 --epochs 2 --lr 1.5e-3 --seed 1
-    python cold_start.py --out policies/official --games official --init policies/tiny --episodes 1000 --lr 5e-4
+    # the one for ScienceWorld, from the simulator's solutions of training variations
+    python cold_start.py --out policies/tiny-scienceworld --env scienceworld --task-types short --copies 6 --epochs 4 --batch 16
 
 **The cold start** imitates a search expert: cross-entropy on the expert's answers, and with a small weight on the
 observations as well, since predicting what the world answers teaches a model from scratch to copy names, which
@@ -118,7 +119,8 @@ def make_cold_start(args, games, pool):
         tokenizer, lr = train_tokenizer(tokenizer_texts(chosen[:400], pool)), 2e-3
         model = tiny_model(tokenizer, seed=args.seed)
     if count:
-        episodes = expert_episodes(chosen, pool, ChatFormat(tokenizer, SYSTEM[args.env]), args.max_steps)
+        episodes = expert_episodes(chosen, pool, ChatFormat(tokenizer, SYSTEM[args.env]), args.max_steps,
+                                   copies=1 if args.env == "alfworld" else 6)
         cold_start(model, episodes, epochs=max(4, 200 * 32 // max(1, len(episodes))), batch=32, lr=lr, seed=args.seed)
     save_policy(folder, model, tokenizer, prompt="short", cold_start_episodes=count, level=args.level,
                 task_types=sorted({g.task_type for g in chosen}))
@@ -138,6 +140,7 @@ def main():
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
     parser.add_argument("--lm-coef", type=float, default=0.1, help="weight of the loss on observation tokens")
     parser.add_argument("--max-steps", type=int, help="longer expert episodes are left out (default: as train.py)")
+    parser.add_argument("--copies", type=int, default=1, help="copies of each ScienceWorld episode, with boxes of other colours")
     parser.add_argument("--sloppy", type=float, default=0.0, help="chance of a careless action before each of the expert's")
     parser.add_argument("--stop-step", type=int, help="stop after so many updates, in the middle of the schedule: a policy "
                         "that leaves room to learn by reward")
@@ -157,7 +160,7 @@ def main():
     with EnvPool(args.workers) as pool:
         tokenizer = tokenizer or train_tokenizer(tokenizer_texts(games[:400], pool))
         episodes = expert_episodes(games, pool, ChatFormat(tokenizer, SYSTEM[args.env]), args.max_steps,
-                                   sloppy=args.sloppy, seed=args.seed)
+                                   sloppy=args.sloppy, seed=args.seed, copies=args.copies)
     model = model or tiny_model(tokenizer, seed=args.seed)
     print(f"{len(episodes)} of {len(games)} games won by the expert in {time.time() - begin:.0f} s; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)

@@ -5,6 +5,7 @@ then: its episodes are won all the same, and full of flaws, which is where reinf
 """
 
 import random
+import re
 
 from tqdm import tqdm
 
@@ -75,8 +76,26 @@ def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0):
             yield chunk[slot], turns[slot], observation.won
 
 
-def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, seed=0):
-    """The expert's won episodes as `Episode`s: what the expert said counts as sampled, so losses apply as in RL."""
+COLORS = ["red", "green", "blue", "orange", "yellow", "purple"]
+
+
+def recolor(rng):
+    """A function that gives the boxes of a ScienceWorld episode other colours, the same throughout its texts.
+
+    >>> say = recolor(random.Random(1))
+    >>> say("Move it to the red box. You see a red box and a red wire.")
+    'Move it to the green box. You see a green box and a red wire.'
+    """
+    other = dict(zip(COLORS, rng.sample(COLORS, len(COLORS))))
+    return lambda text: re.sub(rf"\b({'|'.join(COLORS)})(?= box)", lambda m: other[m[1]], text)
+
+
+def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, seed=0, copies=1):
+    """The expert's won episodes as `Episode`s: what the expert said counts as sampled, so losses apply as in RL.
+
+    copies: ScienceWorld has few variations, and a policy learns them by heart; of each episode so many copies are made
+    in which the boxes have other colours. Then it must read which box is meant.
+    """
     remembered = {}
 
     def ids(text, make):
@@ -87,16 +106,19 @@ def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, 
     def answer(command):
         return chat.tokenizer.encode(f"<action>{command}</action>", add_special_tokens=False) + [chat.eos]
 
-    episodes = []
+    episodes, rng = [], random.Random(seed)
     games_played = play_expert(games, pool, max_steps, sloppy=sloppy, seed=seed)
     for game, turns, won in tqdm(games_played, total=len(games), desc="expert episodes", disable=not progress):
         if not won:
             continue
-        episode = Episode(game, len(episodes), won=True, reward=1.0)
-        for i, (observation, command, *_) in enumerate(turns):
-            episode.give(chat.first_prompt(observation) if i == 0 else ids(observation, chat.next_prompt))
-            start, new = len(episode.tokens), ids(command, answer)
-            episode.sample(new, [0.0] * len(new))
-            episode.steps.append(Step(start, start + len(new), command))
-        episodes.append(episode)
+        for copy in range(copies):
+            say = recolor(rng) if copy else str
+            episode = Episode(game, len(episodes), won=True, reward=1.0)
+            for i, (observation, command, *_) in enumerate(turns):
+                observation, command = say(observation), say(command)
+                episode.give(chat.first_prompt(observation) if i == 0 else ids(observation, chat.next_prompt))
+                start, new = len(episode.tokens), ids(command, answer)
+                episode.sample(new, [0.0] * len(new))
+                episode.steps.append(Step(start, start + len(new), command))
+            episodes.append(episode)
     return episodes

@@ -133,19 +133,22 @@ def gold_expert(path):
     """ScienceWorld's own solution as a generator of commands, made fit for imitation.
 
     The simulator knows everything and focuses on things that it has not seen: we look around first, so that what is
-    imitated can be known. Doors are open in the simplification used here: opening them again is left out.
+    imitated can be known. It walks from room to room although the simplification used here can teleport: we do.
 
-    >>> list(gold_expert(["open door to kitchen", "go to kitchen", "focus on dove", "look around", "pick up dove"]))
-    ['go to kitchen', 'look around', 'focus on dove', 'pick up dove']
+    >>> list(gold_expert(["open door to kitchen", "go to kitchen", "go to outside", "focus on dove", "pick up dove"]))
+    ['teleport to outside', 'look around', 'focus on dove', 'pick up dove']
     """
-    looked = True  # the first observation shows the room
+    looked, room = True, None  # the first observation shows the room
     for command in path:
-        if command.startswith("open door to ") or (command == "look around" and looked):
+        if command.startswith("open door to ") or (command == "look around" and (looked or room)):
             continue
-        if command.startswith(("go to ", "teleport to ")):
-            looked = False
-        elif not looked:
+        if command.startswith("go to "):
+            room = command.removeprefix("go to ")
+            continue
+        if room:
+            yield f"teleport to {room}"
+            looked, room = False, None
+        if not looked:
+            yield "look around"
             looked = True
-            if command != "look around":
-                yield "look around"
         yield command

