@@ -149,10 +149,11 @@ def save_policy(folder, model, tokenizer, dtype=None, extras=None, **notes):
         if extras:
             extras(partial)
     except BaseException as error:
+        # torch and safetensors report a full disk in ways of their own: look before we make room again
+        parent = os.path.dirname(os.path.abspath(folder))
+        full = isinstance(error, Exception) and os.path.isdir(parent) and shutil.disk_usage(parent).free < 2**20
         shutil.rmtree(partial, ignore_errors=True)
-        # safetensors and torch report a full disk in their own ways
-        full = isinstance(error, Exception) and "No space left" in str(error) and not isinstance(error, OSError)
-        raise (OSError(errno.ENOSPC, "No space left on device", folder) if full else error)
+        raise OSError(errno.ENOSPC, "No space left on device", folder) if full else error
     if os.path.isdir(folder):  # never a moment without one of the two
         os.replace(folder, folder.rstrip("/") + ".old")
     os.replace(partial, folder)

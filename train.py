@@ -4,6 +4,7 @@
     python train.py --env alfworld --classifier none                  # GRPO alone, the baseline
     python train.py --env alfworld --games official                   # ALFWorld's own games (set ALFWORLD_DATA)
     python train.py --env alfworld --model Qwen/Qwen2.5-1.5B-Instruct --cold-start none --lr 1e-6
+    accelerate launch --num_processes 8 train.py --model ... --engine vllm    # several GPUs, each plays and learns a share
     python train.py --resume runs/alfworld-...                        # go on where a killed run stopped
 
 One iteration: play `--tasks` games `--group-size` times each with the current policy; advantages within each group;
@@ -24,6 +25,8 @@ import sys
 import time
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
 import envs
 from checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_atomically
@@ -128,20 +131,26 @@ def setup(args):
         args.task_types = ["short"]
     args.max_steps = args.max_steps or envs.max_steps(args.games, args.task_types)
     args.eval_games = {"alfworld": 200, "scienceworld": 300}[args.env] if args.eval_games is None else args.eval_games
-    args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    world = Accelerator(cpu=args.device == "cpu")
+    if not world.is_main_process:
+        sys.stdout = open(os.devnull, "w")  # one process speaks
+    args.device = args.device if args.device != "auto" else str(world.device)
     there = importlib.util.find_spec("vllm") is not None
     if args.engine == "vllm" and not there:
         raise ValueError("--engine vllm needs vLLM: pip install -r requirements-vllm.txt, or use --engine torch")
     if args.engine == "auto":
         args.engine = "vllm" if there and args.device.startswith("cuda") else "torch"
     args.out = args.out or f"runs/{args.env}-{args.classifier}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    args.out = broadcast_object_list([args.out])[0]  # the clocks of several processes differ
     games = envs.level_games(args.env, args.level, "train", args.games, args.task_types)
     print(f"games   {args.games}, level {args.level}, {len(games):,} for training, at most {args.max_steps} steps   (--games, "
           "--level, --max-steps" + (f"; tasks {' '.join(args.task_types)}: --task-types)" if args.task_types else ")"))
-    pool = EnvPool(args.workers)
-    folder = args.model if args.model != "tiny" else make_cold_start(args, games, pool)
+    pool = EnvPool(max(1, args.workers // world.num_processes))
+    with world.main_process_first():
+        folder = args.model if args.model != "tiny" else make_cold_start(args, games, pool)
     print(f"model   {folder}   (--model, --cold-start)")
-    print(f"engine  {args.engine} on {args.device}, {torch.get_num_threads()} threads   (--engine, --device)")
+    print(f"engine  {args.engine} on {args.device}, {torch.get_num_threads()} threads" + (f", {world.num_processes} processes"
+          if world.num_processes > 1 else "") + "   (--engine, --device)")
     half = args.precision == "bfloat16" or (args.precision == "auto" and args.device.startswith("cuda"))
     model, reference, tokenizer = trainable(folder, args.device, half, args.lora_rank, args.gradient_checkpointing,
                                             args.kl_coef > 0, args.seed)
@@ -161,7 +170,7 @@ def setup(args):
         encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
         question = (chat.next_prompt(QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
     return dict(games=games, pool=pool, model=model, tokenizer=tokenizer, chat=chat, value_head=value_head,
-                reference=reference, question=question, folder=folder, prompt="short" if ours else "instructions",
+                reference=reference, question=question, folder=folder, world=world, prompt="short" if ours else "instructions",
                 engine=make_engine(args, model, chat, folder, half),
                 optimizer=torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0))
 
@@ -186,11 +195,13 @@ def main():
     with run["pool"]:
         try:
             os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
-            done = load_checkpoint(args.out, run["model"], run["optimizer"], run["value_head"], args.device) if args.resume else 0
+            with run["world"].main_process_first():
+                done = load_checkpoint(args.out, run["model"], run["optimizer"], run["value_head"], args.device) if args.resume else 0
             if done:
                 run["engine"].sync(run["model"], run["tokenizer"])
-            write_atomically(os.path.join(args.out, "config.json"),
-                             json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1))
+            if run["world"].is_main_process:
+                write_atomically(os.path.join(args.out, "config.json"),
+                                 json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1))
             train(args, run, done)
         except OSError as error:
             sys.exit(f"train.py: cannot write to --out {args.out}: {error.strerror or error}. What is there is whole; once "
@@ -201,22 +212,30 @@ def main():
 
 def train(args, run, done):
     from torch.utils.tensorboard import SummaryWriter
-    board, skipped_in_a_row = SummaryWriter(args.out, purge_step=done + 1), 0
-    model, optimizer, value_head = run["model"], run["optimizer"], run["value_head"]
+    world, model, optimizer, value_head = run["world"], run["model"], run["optimizer"], run["value_head"]
+    board, skipped_in_a_row = SummaryWriter(args.out, purge_step=done + 1) if world.is_main_process else None, 0
     begin = time.time()
     if done == 0:
-        log(args, board, 0, evaluation(args, run, [args.level], 0))
-        if run["question"] and args.question_warmup:
-            introduce_question(args, run)
+        if world.is_main_process:
+            log(args, board, 0, evaluation(args, run, [args.level], 0))
+            if run["question"] and args.question_warmup:
+                introduce_question(args, run)
+        for parameter in [*model.parameters(), *(value_head.parameters() if value_head else [])]:
+            parameter.data.copy_(broadcast(parameter.data))  # all begin with the first process's weights
+        run["engine"].sync(model, run["tokenizer"])
 
     for iteration in range(done + 1, args.iterations + 1):
         seed = args.seed * 1_000_003 + iteration
         clock = time.perf_counter()
 
-        # 1. Rollout: whole groups of episodes, one game each.
-        games = envs.sample_games(run["games"], args.tasks, seed)
+        # 1. Rollout: whole groups of episodes, one game each. Each process plays its share; then all have all.
+        rank, processes = world.process_index, world.num_processes
+        games = envs.sample_games(run["games"], args.tasks, seed)[rank::processes]
         episodes, report = play(run["engine"], run["pool"], run["chat"], games, args.group_size, args.max_steps,
-                                args.max_context, seed, args.show_actions)
+                                args.max_context, seed + 500_009 * rank, args.show_actions)
+        for episode in episodes:
+            episode.group = episode.group * processes + rank
+        episodes = sorted(gather_object(episodes), key=lambda e: e.group)
         if not episodes:
             sys.exit(f"train.py: none of the games can be played: {report['bad_games'][0]}")
         if not all(e.steps for e in episodes):
@@ -235,7 +254,8 @@ def train(args, run, done):
         parts = []
         for batch in batches:
             parts.append(update(model, value_head, optimizer, batch, run["question"], args.clip, args.kl_coef,
-                                args.classifier_coef, args.temperature, args.micro_tokens, args.max_norm))
+                                args.classifier_coef, args.temperature, args.micro_tokens, args.max_norm,
+                                world if processes > 1 else None))
             # A loss or gradient that is not a number changes nothing; again and again, it is no accident.
             skipped_in_a_row = skipped_in_a_row + 1 if parts[-1]["skipped"] else 0
             if skipped_in_a_row == 3:
@@ -244,6 +264,10 @@ def train(args, run, done):
                          f"batch is in {args.out}/bad_batch.pt; a lower --lr, or --precision float32, may help")
         run["engine"].sync(model, run["tokenizer"])
         updated = time.perf_counter()
+
+        if not world.is_main_process:
+            world.wait_for_everyone()
+            continue
 
         # 4. Log: one line on the screen, everything in metrics.jsonl and TensorBoard.
         tokens = sum(len(e.tokens) for e in episodes)
@@ -270,7 +294,9 @@ def train(args, run, done):
             save_checkpoint(args.out, model, run["tokenizer"], optimizer, value_head, iteration,
                             started_from=run["folder"], prompt=run["prompt"])
             draw([args.out], os.path.join(args.out, "curves.png"))
-    board.close()
+        world.wait_for_everyone()
+    if board:
+        board.close()
     print(f"{(time.time() - begin) / 60:.1f} minutes; curves: {args.out}/curves.png; policy: {checkpoints(args.out)[-1]}")
 
 
@@ -287,14 +313,16 @@ def make_batches(args, run, episodes, seed):
         batch = make_batch([episodes[j] for j in chosen], advantages[chosen], args.labels, args.weighting,
                            args.questions if run["question"] else 0, seed + i)
         if args.engine == "vllm":
-            gaps.append(recompute_old_logprobs(run["model"], batch, args.temperature, args.micro_tokens, args.tis_clip))
+            gaps.append(recompute_old_logprobs(run["model"], batch, args.temperature, args.micro_tokens, args.tis_clip,
+                                               run["world"]))
             if gaps[-1] > args.engine_gap:
                 sys.exit(f"train.py: vLLM's log-probabilities are {gaps[-1]:.3f} nats per token from the trainer's (--engine-gap "
                          f"{args.engine_gap}): its weights are stale or its arithmetic differs; use --engine torch, or a "
                          "model whose embeddings are not tied")
         if run["reference"] is not None:
             with run["reference"].disable_adapter() if args.lora_rank else contextlib.nullcontext():
-                batch.ref_logprobs = reference_logprobs(run["reference"], batch.episodes, args.temperature, args.micro_tokens)
+                batch.ref_logprobs = reference_logprobs(run["reference"], batch.episodes, args.temperature,
+                                                        args.micro_tokens, run["world"])
         batches.append(batch)
     return batches, no_signal, sum(gaps) / len(gaps) if gaps else None
 
@@ -307,7 +335,6 @@ def introduce_question(args, run):
     optimizer = torch.optim.AdamW(run["model"].parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     first, last = teach_question(run["model"], optimizer, make_batch(episodes, torch.zeros(len(episodes))), run["question"],
                                  args.question_warmup, max_tokens=args.micro_tokens, seed=args.seed)
-    run["engine"].sync(run["model"], run["tokenizer"])
     print(f"taught the classifier's question: loss {first:.2f} -> {last:.2f} in {args.question_warmup} updates", flush=True)
 
 

@@ -77,6 +77,22 @@ def micro_batches(episodes, max_tokens):
     return batches
 
 
+def own_share(micro_batches, world):
+    """The micro-batches that this process computes; the longest come first, so that all get about the same work."""
+    return micro_batches if world is None else micro_batches[world.process_index::world.num_processes]
+
+
+def add_up(world, parameters, *tables):
+    """Sum gradients, and dictionaries of numbers, over all processes, through accelerate. In place; returns the tables."""
+    from accelerate.utils import gather_object
+    for parameter in parameters:
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = world.reduce(gradient, reduction="sum")
+    gathered = gather_object([tables])
+    return [{name: sum(one[i].get(name, 0) for one in gathered) for name in sorted({n for one in gathered for n in one[i]})}
+            for i in range(len(tables))]
+
+
 def forward(model, episodes, temperature=1.0, branches=None, value_head=None):
     """One pass over a micro-batch.
 
@@ -125,11 +141,14 @@ def forward(model, episodes, temperature=1.0, branches=None, value_head=None):
 
 
 @torch.no_grad()
-def reference_logprobs(model, episodes, temperature, max_tokens):
-    """E tensors (n_e,): log-probabilities of the sampled tokens under `model`, in the order of `episodes`."""
+def reference_logprobs(model, episodes, temperature, max_tokens, world=None):
+    """E tensors (n_e,): log-probabilities of the sampled tokens under `model`, in the order of `episodes`.
+
+    world: see `update`; None stands where another process will compute.
+    """
     model.eval()
     found = [None] * len(episodes)
-    for micro in micro_batches(episodes, max_tokens):
+    for micro in own_share(micro_batches(episodes, max_tokens), world):
         chosen = [episodes[i] for i in micro]
         logprobs = forward(model, chosen, temperature)["logprobs"].cpu()
         for i, part in zip(micro, logprobs.split([sum(e.sampled) for e in chosen])):
@@ -137,13 +156,14 @@ def reference_logprobs(model, episodes, temperature, max_tokens):
     return found
 
 
-def recompute_old_logprobs(model, batch, temperature, max_tokens, tis_clip):
+def recompute_old_logprobs(model, batch, temperature, max_tokens, tis_clip, world=None):
     """Where another engine sampled: the trainer's log-probabilities become the old ones, the difference is corrected by
     truncated importance weights. In place; returns the mean |difference| per token, in nats."""
     sampler = batch.old_logprobs
-    batch.old_logprobs = reference_logprobs(model, batch.episodes, temperature, max_tokens)
-    batch.importance = [truncated_importance(t, s, tis_clip) for t, s in zip(batch.old_logprobs, sampler)]
-    return (torch.cat(batch.old_logprobs) - torch.cat(sampler)).abs().mean().item()
+    batch.old_logprobs = reference_logprobs(model, batch.episodes, temperature, max_tokens, world)
+    pairs = list(zip(batch.old_logprobs, sampler))
+    batch.importance = [None if t is None else truncated_importance(t, s, tis_clip) for t, s in pairs]
+    return torch.cat([t - s for t, s in pairs if t is not None]).abs().mean().item()
 
 
 def branches_of(batch, micro, question):
@@ -185,12 +205,14 @@ def teach_question(model, optimizer, batch, question, updates=40, share=32, max_
 
 
 def update(model, value_head, optimizer, batch, question=None, clip=0.2, kl_coef=0.0, classifier_coef=0.0,
-           temperature=1.0, max_tokens=8192, max_norm=1.0):
+           temperature=1.0, max_tokens=8192, max_norm=1.0, world=None):
     """One optimizer step on L = L_GRPO + classifier_coef * (L_generative + L_value). Returns a dictionary of floats.
 
     Args:
         value_head: the value head if its loss is wanted, else None.
         question: (question ids, {GOOD: verdict ids, BAD: verdict ids}) if the generative loss is wanted, else None.
+        world: accelerate's Accelerator where several processes share the work, else None. All of them hold the same batch
+            (its weights are those of the whole), each computes its micro-batches, and the gradients are added up.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
@@ -203,7 +225,7 @@ def update(model, value_head, optimizer, batch, question=None, clip=0.2, kl_coef
     def add(name, value):
         stats[name] = stats.get(name, 0.0) + value.item()
 
-    for micro in micro_batches(batch.episodes, max_tokens):
+    for micro in own_share(micro_batches(batch.episodes, max_tokens), world):
         episodes = [batch.episodes[i] for i in micro]
         device = next(model.parameters()).device
         cat = lambda parts: torch.cat([parts[i] for i in micro]).to(device)
@@ -238,6 +260,8 @@ def update(model, value_head, optimizer, batch, question=None, clip=0.2, kl_coef
         add("loss", loss.detach())
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if world is not None:
+        stats, right, seen = add_up(world, parameters, stats, right, seen)
     stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
     finite = math.isfinite(stats["grad_norm"]) and math.isfinite(stats["loss"])
     if finite:

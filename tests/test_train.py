@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -60,6 +62,54 @@ def test_a_killed_run_resumes_to_the_same_numbers(small_policy, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
     start_weights = load_policy(small_policy)[0].state_dict()
     assert any(not torch.equal(a[name], start_weights[name]) for name in a)  # something was learnt at all
+
+
+def test_runs_killed_at_random_moments_resume_to_the_same_numbers(small_policy, tmp_path, request):
+    """kill -9 wherever it comes: in start-up, play, an update, a write. A LoRA run, so that its resuming is covered too."""
+    options = ["--model", small_policy, *SMALL, "--save-every", "1", "--lora-rank", "2"]
+    whole, rng = str(tmp_path / "whole"), random.Random(0)
+    begin = time.time()
+    assert start("--out", whole, *options).communicate() and os.path.exists(os.path.join(whole, "checkpoint-000004"))
+    seconds = time.time() - begin
+    for i in range(10 if request.config.getoption("--all-games") else 2):
+        killed = str(tmp_path / f"killed-{i}")
+        run = start("--out", killed, *options)
+        time.sleep(rng.uniform(0.3, 1.0) * seconds)
+        run.kill()
+        run.communicate()
+        if not os.path.exists(os.path.join(killed, "config.json")):
+            continue  # nothing had begun
+        run = start("--resume", killed)
+        output = run.communicate()[0]
+        assert run.returncode == 0, output
+        assert metrics(killed) == metrics(whole), f"killed run {i}"
+
+
+def test_ctrl_c_says_how_to_go_on(small_policy, tmp_path):
+    out = str(tmp_path / "run")
+    run = start("--model", small_policy, "--out", out, *SMALL, "--iterations", "50", "--save-every", "1")
+    for line in run.stdout:
+        if line.lstrip().startswith("2/50"):
+            break
+    run.send_signal(signal.SIGINT)
+    output = run.communicate()[0]
+    assert run.returncode != 0 and f"Go on from the last checkpoint with: python train.py --resume {out}" in output
+    assert "Traceback" not in output and not any(n.endswith(".partial") for n in os.listdir(out))
+
+
+def test_a_full_disk_is_one_clear_line_and_loses_nothing(small_policy, tmp_path):
+    """A real one: the run's folder on a file system of two megabytes... where we may mount one."""
+    out = tmp_path / "disk"
+    out.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(out)], capture_output=True).returncode:
+        pytest.skip("may not mount a small file system here")
+    try:
+        run = start("--model", small_policy, "--out", str(out / "run"), *SMALL, "--save-every", "1", "--iterations", "8")
+        output = run.communicate()[0]
+        assert run.returncode != 0 and "cannot write to --out" in output and "--resume" in output, output
+        assert "Traceback" not in output and not any(n.endswith(".partial") for n in os.listdir(out / "run"))
+    finally:
+        subprocess.run(["umount", "-l", str(out)])
 
 
 def test_metrics_have_what_the_readme_promises(small_policy, tmp_path):
