@@ -5,8 +5,10 @@
     python cold_start.py --out policies/tiny --games generated --init policies/first --sloppy 0.5 --episodes 7000 --epochs 2 --lr 1.5e-3 --seed 1
     # the one for ScienceWorld, from the simulator's solutions of training variations
     python cold_start.py --out policies/tiny-scienceworld --env scienceworld --task-types short --copies 6 --epochs 4 --batch 16
+    # for language models: the same with --init FOLDER (at --lr 1e-5 --lm-coef 0 --batch 4), or a dataset for any trainer
+    python cold_start.py --env alfworld --jsonl expert.jsonl --episodes 200
 
-**The cold start** imitates a search expert: cross-entropy on the expert's answers, and with a small weight on the
+**The cold start** imitates an expert: cross-entropy on the expert's answers, and with a small weight on the
 observations as well, since predicting what the world answers teaches a model from scratch to copy names, which
 choosing an action needs (`--lm-coef 0` gives plain supervised fine-tuning, as in the paper).
 """
@@ -17,15 +19,15 @@ import os
 import time
 
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import envs
-from demonstrations import expert_episodes, play_expert
+from demonstrations import expert_episodes, play_expert, write_messages
 from env_pool import EnvPool
 from expert import FITS
-from policy import QUESTION, SHIPPED, VERDICTS, load_policy, save_policy, tiny_model, train_tokenizer
-from rollout import NO_ACTION, SYSTEM, ChatFormat
+from policy import QUESTION, SHIPPED, VERDICTS, load_policy, make_chat, save_policy, tiny_model, train_tokenizer
+from rollout import NO_ACTION, SYSTEM, SYSTEM_INSTRUCT, ChatFormat
+from token_logprobs import token_logprobs
 
 
 def tokenizer_texts(games, pool):
@@ -72,10 +74,13 @@ def cold_start(model, episodes, epochs=1, batch=64, lr=2e-3, lm_coef=0.1, seed=0
                 tokens[row, :len(e.tokens)] = torch.tensor(e.tokens)
                 weight[row, :len(e.tokens)] = torch.tensor(e.sampled).long() + 1
             # Right padding needs no mask: under causal attention no real token sees what comes after it.
-            logits = model(input_ids=tokens).logits[:, :-1].float()                                     # (B, T-1, V)
-            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")     # (B * (T-1),)
-            kind = weight[:, 1:].flatten()
-            expert_loss, given_loss = loss[kind == 2].mean(), loss[kind == 1].mean()
+            tokens = tokens.to(model.device)
+            hidden = model.get_decoder()(input_ids=tokens).last_hidden_state[:, :-1]                    # (B, T-1, D)
+            kind = weight[:, 1:].to(model.device)                                                       # (B, T-1)
+            wanted = kind == 2 if lm_coef == 0 else kind > 0
+            logprobs, _ = token_logprobs(hidden[wanted], model.get_output_embeddings(), tokens[:, 1:][wanted])
+            expert_loss = -logprobs[kind[wanted] == 2].mean()
+            given_loss = -logprobs[kind[wanted] == 1].mean() if lm_coef else torch.zeros_like(expert_loss)
             rate = lr * min((done + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * min(1.0, done / max(1, total))))
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -145,6 +150,9 @@ def main():
     parser.add_argument("--stop-step", type=int, help="stop after so many updates, in the middle of the schedule: a policy "
                         "that leaves room to learn by reward")
     parser.add_argument("--init", help="start from this policy (its tokenizer too) instead of random weights")
+    parser.add_argument("--jsonl", metavar="FILE", help="train nothing: write the expert's episodes as a chat dataset (messages "
+                        "convention, the instructions for language models as system prompt) for any trainer")
+    parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, ...")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="environment processes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -152,21 +160,29 @@ def main():
         args.games = envs.choose_games(args.games, args.env)
         games = envs.level_games(args.env, args.level, "train", args.games, args.task_types)
         games = envs.sample_games(games, args.episodes, args.seed)
-        model, tokenizer = load_policy(args.init) if args.init else (None, None)
+        model, tokenizer = load_policy(args.init, args.device) if args.init else (None, None)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     args.max_steps = args.max_steps or envs.max_steps(args.games, args.task_types)
     begin = time.time()
     with EnvPool(args.workers) as pool:
+        if args.jsonl:
+            try:
+                count = write_messages(games, pool, SYSTEM_INSTRUCT[args.env], args.jsonl, args.max_steps, args.sloppy, args.seed)
+            except OSError as error:
+                parser.error(f"cannot write --jsonl {args.jsonl}: {error.strerror}")
+            print(f"{count} of {len(games)} games won by the expert: {args.jsonl}")
+            return
         tokenizer = tokenizer or train_tokenizer(tokenizer_texts(games[:400], pool))
-        episodes = expert_episodes(games, pool, ChatFormat(tokenizer, SYSTEM[args.env]), args.max_steps,
-                                   sloppy=args.sloppy, seed=args.seed, copies=args.copies)
-    model = model or tiny_model(tokenizer, seed=args.seed)
-    print(f"{len(episodes)} of {len(games)} games won by the expert in {time.time() - begin:.0f} s; "
+        chat, ours = make_chat(tokenizer, args.env, args.init) if args.init else (ChatFormat(tokenizer, SYSTEM[args.env]), True)
+        episodes = expert_episodes(games, pool, chat, args.max_steps, sloppy=args.sloppy, seed=args.seed, copies=args.copies)
+    model = model or tiny_model(tokenizer, seed=args.seed).to(args.device)
+    print(f"{len(episodes)} episodes won by the expert in {len(games)} games and {time.time() - begin:.0f} s; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     cold_start(model, episodes, args.epochs, args.batch, args.lr, args.lm_coef, args.seed, stop=args.stop_step)
     # float16 halves the file; the policy is loaded in float32 and its weights are exact in both.
-    save_policy(args.out, model, tokenizer, torch.float16, prompt="short", cold_start=vars(args),
+    save_policy(args.out, model, tokenizer, torch.float16 if ours else None, prompt="short" if ours else "instructions",
+                cold_start=vars(args),
                 minutes=round((time.time() - begin) / 60, 1))
     print(f"saved {args.out} after {(time.time() - begin) / 60:.1f} minutes")
 

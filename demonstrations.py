@@ -4,6 +4,8 @@ ALFWorld's expert searches (expert.py); ScienceWorld's follows the simulator's o
 then: its episodes are won all the same, and full of flaws, which is where reinforcement learning is to begin.
 """
 
+import json
+import os
 import random
 import re
 
@@ -122,3 +124,24 @@ def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, 
                 episode.steps.append(Step(start, start + len(new), command))
             episodes.append(episode)
     return episodes
+
+
+def write_messages(games, pool, system, path, max_steps=50, sloppy=0.0, seed=0):
+    """The expert's won episodes as a chat dataset, a JSON object a line: {"messages": [{"role", "content"}, ...], "game"}.
+
+    The convention that TRL, axolotl, LLaMA-Factory and others read. Returns the number of episodes. The file appears
+    whole or not at all; raises OSError.
+    """
+    count = 0
+    with open(path + ".partial", "w") as file:
+        for game, turns, won in play_expert(games, pool, max_steps, sloppy=sloppy, seed=seed):
+            if not won:
+                continue
+            messages = [{"role": "system", "content": system}]
+            for observation, command, *_ in turns:
+                messages += [{"role": "user", "content": observation},
+                             {"role": "assistant", "content": f"<action>{command}</action>"}]
+            file.write(json.dumps({"messages": messages, "game": game.name}) + "\n")
+            count += 1
+    os.replace(path + ".partial", path)
+    return count

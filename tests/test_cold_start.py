@@ -1,11 +1,13 @@
 """The careless expert, supervised training, and the question that a policy of ours must be taught."""
 
+import json
+
 import torch
 
 import envs
 from classifier_loss import BAD, GOOD
 from cold_start import cold_start
-from demonstrations import expert_episodes, play_expert
+from demonstrations import expert_episodes, play_expert, write_messages
 from policy import QUESTION, tiny_model
 from update import make_batch, reference_logprobs, teach_question
 
@@ -49,3 +51,15 @@ def test_teaching_the_question_leaves_the_actions_alone(model, chat, episodes):
     assert first > 3.0 and last < 1.0
     after = torch.cat(reference_logprobs(model, episodes, 1.0, 8192)).mean()
     assert after > torch.cat(batch.old_logprobs).mean() - 0.1
+
+
+def test_the_chat_dataset_is_what_other_trainers_read(pool, tmp_path):
+    """A line an episode, roles in turn; rendered by a chat template it is what our own episodes are made of."""
+    path = str(tmp_path / "expert.jsonl")
+    games = [envs.generated_game("train", s) for s in range(3)]
+    assert write_messages(games, pool, "SYSTEM", path) == 3
+    lines = [json.loads(line) for line in open(path)]
+    for game, line in zip(games, lines):
+        roles = [m["role"] for m in line["messages"]]
+        assert line["game"] == game.name and roles == ["system"] + ["user", "assistant"] * (len(roles) // 2)
+        assert "Your task is to" in line["messages"][1]["content"] and line["messages"][2]["content"].startswith("<action>")
