@@ -18,6 +18,7 @@ balance, normalisation) is spelled out in classifier_loss.py and grpo.py.
 
 import argparse
 import contextlib
+import datetime
 import importlib.util
 import json
 import os
@@ -25,7 +26,7 @@ import sys
 import time
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
 import envs
@@ -35,8 +36,9 @@ from cold_start import make_cold_start
 from curves import draw
 from env_pool import EnvPool
 from evaluate import evaluate, table
+from metrics import line_of, log, metrics_of, write_samples
 from policy import QUESTION, make_chat, trainable
-from rollout import flaw_rates, play
+from rollout import play
 from torch_engine import TorchEngine
 from update import advantages_of, make_batch, recompute_old_logprobs, reference_logprobs, teach_question, update
 
@@ -120,6 +122,10 @@ def parse_arguments():
         parser.error("--group-size must be at least 2: an advantage compares episodes of one game")
     if args.updates > args.tasks:
         parser.error(f"--updates {args.updates} leaves no whole group for each: at most --tasks {args.tasks}")
+    if args.lora_rank < 0:
+        parser.error("--lora-rank must not be negative")
+    if args.tis_clip <= 0:
+        parser.error("--tis-clip must be positive")
     if args.temperature <= 0:
         parser.error("--temperature must be positive in training: greedy episodes of a group are all the same")
     return args
@@ -132,7 +138,8 @@ def setup(args):
         args.task_types = ["short"]
     args.max_steps = args.max_steps or envs.max_steps(args.games, args.task_types)
     args.eval_games = {"alfworld": 200, "scienceworld": 300}[args.env] if args.eval_games is None else args.eval_games
-    world = Accelerator(cpu=args.device == "cpu")
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # the others wait while one evaluates
+    world = Accelerator(cpu=args.device == "cpu", kwargs_handlers=[patience])
     if not world.is_main_process:
         sys.stdout = open(os.devnull, "w")  # one process speaks
     args.device = args.device if args.device != "auto" else str(world.device)
@@ -218,7 +225,7 @@ def train(args, run, done):
     begin = time.time()
     if done == 0:
         if world.is_main_process:
-            log(args, board, 0, evaluation(args, run, [args.level], 0))
+            log(args.out, board, 0, evaluation(args, run, [args.level], 0))
             if run["question"] and args.question_warmup:
                 introduce_question(args, run)
         for parameter in [*model.parameters(), *(value_head.parameters() if value_head else [])]:
@@ -232,8 +239,7 @@ def train(args, run, done):
         # 1. Rollout: whole groups of episodes, one game each. Each process plays its share; then all have all.
         rank, processes = world.process_index, world.num_processes
         games = envs.sample_games(run["games"], args.tasks, seed)[rank::processes]
-        episodes, report = play(run["engine"], run["pool"], run["chat"], games, args.group_size, args.max_steps,
-                                args.max_context, seed + 500_009 * rank, args.show_actions)
+        episodes, report = rollout(args, run, games, seed + 500_009 * rank)
         for episode in episodes:
             episode.group = episode.group * processes + rank
         episodes = sorted(gather_object(episodes), key=lambda e: e.group)
@@ -271,27 +277,16 @@ def train(args, run, done):
             continue
 
         # 4. Log: one line on the screen, everything in metrics.jsonl and TensorBoard.
-        tokens = sum(len(e.tokens) for e in episodes)
-        names = sorted({name for part in parts for name in part})
-        row = {"success": sum(e.won for e in episodes) / len(episodes),
-               "reward": sum(e.reward for e in episodes) / len(episodes),
-               **({"score": sum(max(0, e.score) for e in episodes) / len(episodes)} if episodes[0].score is not None else {}),
-               "steps": sum(len(e.steps) for e in episodes) / len(episodes), **flaw_rates(episodes),
-               "groups_without_signal": no_signal,
-               **{name: sum(p[name] for p in parts if name in p) / sum(name in p for p in parts) for name in names},
-               **({"engine_gap": gap} if gap is not None else {}),
-               "truncated": sum(e.truncated for e in episodes), "bad_games": len(report["bad_games"]),
-               "worker_restarts": run["pool"].restarts, "tokens": tokens, "seconds_sample": report["sample"],
+        row = {**metrics_of(episodes, parts), "groups_without_signal": no_signal, **({} if gap is None else {"engine_gap": gap}),
+               "bad_games": len(report["bad_games"]), "worker_restarts": run["pool"].restarts, "seconds_sample": report["sample"],
                "seconds_env": report["env"], "seconds_play": played - clock, "seconds_update": updated - played}
         left = (time.time() - begin) / (iteration - done) * (args.iterations - iteration)
-        print(f"{iteration:4d}/{args.iterations}  success {row['success']:.2f}  reward {row['reward']:.2f}  loss {row['loss']:+.4f}  "
-              f"inadmissible {row['inadmissible']:.2f}  repeated {row['repeated']:.2f}  no signal {no_signal:.2f}  "
-              f"kl {row['kl']:.4f}  {tokens / (updated - clock):,.0f} tokens/s  {left / 60:.0f} min left", flush=True)
+        print(f"{iteration:4d}/{args.iterations}  {line_of(row)}  {left / 60:.0f} min left", flush=True)
         if iteration == args.iterations:
             row |= evaluation(args, run, {"L0": ["L0", "L1"], "L1": ["L1", "L0"], "L2": ["L2"]}[args.level], iteration)
-        log(args, board, iteration, row)
+        log(args.out, board, iteration, row)
         if iteration % args.save_every == 0 or iteration == args.iterations:
-            write_samples(args, run["tokenizer"], episodes, iteration)
+            write_samples(args.out, run["tokenizer"], episodes, iteration)
             save_checkpoint(args.out, model, run["tokenizer"], optimizer, value_head, iteration,
                             started_from=run["folder"], prompt=run["prompt"])
             draw([args.out], os.path.join(args.out, "curves.png"))
@@ -299,6 +294,25 @@ def train(args, run, done):
     if board:
         board.close()
     print(f"{(time.time() - begin) / 60:.1f} minutes; curves: {args.out}/curves.png; policy: {checkpoints(args.out)[-1]}")
+
+
+def rollout(args, run, games, seed):
+    """`play`; where vLLM dies under it, once more with a new engine."""
+    again = lambda: play(run["engine"], run["pool"], run["chat"], games, args.group_size, args.max_steps, args.max_context,
+                         seed, args.show_actions)
+    try:
+        return again()
+    except Exception as error:
+        if args.engine != "vllm":
+            raise
+        if run.get("engine_restarts"):
+            sys.exit(f"train.py: vLLM failed again ({type(error).__name__}: {error}). Go on with: python train.py --resume {args.out}")
+        print(f"vLLM failed ({type(error).__name__}: {error}): restarting it", flush=True)
+        run["engine_restarts"] = 1
+        run["engine"] = make_engine(args, run["model"], run["chat"], run["folder"], args.precision == "bfloat16" or (
+            args.precision == "auto" and args.device.startswith("cuda")))
+        run["engine"].sync(run["model"], run["tokenizer"])
+        return again()
 
 
 def make_batches(args, run, episodes, seed):
@@ -348,28 +362,6 @@ def evaluation(args, run, levels, iteration):
                                              max_context=args.max_context, show_actions=args.show_actions)
         print(f"\n{level} ({games[0].split}) after {iteration} iterations\n{table(found[f'eval_{level}'])}\n", flush=True)
     return found
-
-
-def log(args, board, iteration, row):
-    with open(os.path.join(args.out, "metrics.jsonl"), "a") as file:
-        file.write(json.dumps({"iteration": iteration, **row}) + "\n")
-    for name, value in row.items():
-        if isinstance(value, dict):
-            board.add_scalar(f"{name}/success", value["success"], iteration)
-        else:
-            board.add_scalar(name, value, iteration)
-
-
-def write_samples(args, tokenizer, episodes, iteration):
-    """Two won and two lost episodes as text, with each step's flaws."""
-    picks = [e for e in episodes if e.won][:2] + [e for e in episodes if not e.won][:2]
-    with open(os.path.join(args.out, "samples", f"iteration-{iteration:06d}.txt"), "w") as file:
-        for episode in picks:
-            file.write(f"=== {episode.game.name}   won: {episode.won}\n{tokenizer.decode(episode.tokens)}\n")
-            for k, step in enumerate(episode.steps):
-                flaws = [n for n in flaw_rates([]) if getattr(step, n)]
-                file.write(f"  step {k + 1}: {step.action!r} {' '.join(flaws)}\n")
-            file.write("\n")
 
 
 if __name__ == "__main__":

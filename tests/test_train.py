@@ -1,8 +1,10 @@
 """The loop as a user runs it: what it writes, resumed against uninterrupted, bad input."""
 
+import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +87,36 @@ def test_runs_killed_at_random_moments_resume_to_the_same_numbers(small_policy, 
         assert metrics(killed) == metrics(whole), f"killed run {i}"
 
 
+def test_a_dead_engine_is_restarted_once_and_then_ends_the_run(monkeypatch):
+    """The second engine gets the present weights before it plays."""
+    import argparse
+    import train
+    calls = []
+
+    class Engine:
+        def __init__(self, lives):
+            self.lives = lives
+
+        def sync(self, model, tokenizer):
+            calls.append(("sync", model))
+
+    def play(engine, *_):
+        engine.lives -= 1
+        if engine.lives < 0:
+            raise RuntimeError("engine core died")
+        return "episodes", {}
+
+    monkeypatch.setattr(train, "play", play)
+    monkeypatch.setattr(train, "make_engine", lambda *_: calls.append("made") or Engine(1))
+    args = argparse.Namespace(engine="vllm", precision="float32", device="cpu", out="runs/x", group_size=2, max_steps=1,
+                              max_context=9, show_actions=False)
+    run = {"engine": Engine(1), "pool": None, "chat": None, "model": "weights", "tokenizer": None, "folder": ""}
+    assert train.rollout(args, run, [], 0) == ("episodes", {}) and calls == []
+    assert train.rollout(args, run, [], 0) == ("episodes", {}) and calls == ["made", ("sync", "weights")]
+    with pytest.raises(SystemExit, match="vLLM failed again .* --resume runs/x"):
+        train.rollout(args, run, [], 0)
+
+
 def test_ctrl_c_says_how_to_go_on(small_policy, tmp_path):
     out = str(tmp_path / "run")
     run = start("--model", small_policy, "--out", out, *SMALL, "--iterations", "50", "--save-every", "1")
@@ -136,12 +168,29 @@ def test_metrics_have_what_the_readme_promises(small_policy, tmp_path):
     (["--iterations", "0"], "--iterations must be at least 1"),
     (["--max-context", "60"], "--max-context 60 is too small"),
     (["--out", "/proc/nowhere"], "cannot write to --out /proc/nowhere"),
+    (["--env", "scienceworld"], "--games generated is ALFWorld's"),
+    (["--level", "L2", "--task-types", "5", "6"], "none of the chosen --task-types is trained at level L2"),
+    (["--task-types", "fly"], "unknown task type 'fly'"),
+    (["--lora-rank", "-1"], "--lora-rank must not be negative"),
+    (["--tis-clip", "0"], "--tis-clip must be positive"),
+    (["--model", "no-template"], "has no chat template: use an instruction-tuned model"),
+    (["--model", "torn"], "is not a checkpoint that transformers can load"),
+    pytest.param(["--engine", "vllm"], "--engine vllm needs vLLM", marks=pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")),
 ])
 def test_bad_input_is_one_clear_line(arguments, message, small_policy, tmp_path):
     if "--out" not in arguments and "--resume" not in arguments:
         arguments = ["--out", str(tmp_path / "run"), *arguments]
     if "--model" not in arguments:
         arguments = ["--model", small_policy, *arguments]
+    if arguments[-1] in ("no-template", "torn"):
+        broken = str(tmp_path / arguments[-1])
+        shutil.copytree(small_policy, broken)
+        if arguments[-1] == "torn":
+            os.truncate(os.path.join(broken, "model.safetensors"), 1000)
+        else:
+            os.remove(os.path.join(broken, "chat_template.jinja"))
+        arguments = [*arguments[:-1], broken]
     run = start("--games", "generated", "--workers", "1", "--eval-games", "0", *arguments)
     output = run.communicate()[0]
     assert run.returncode != 0 and message in output and "Traceback" not in output

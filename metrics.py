@@ -1,0 +1,49 @@
+"""What a run logs of an iteration: metrics.jsonl, TensorBoard, a line on the screen, sample episodes."""
+
+import json
+import os
+
+from rollout import FLAWS, flaw_rates
+
+
+def metrics_of(episodes, parts):
+    """Means over the episodes of an iteration, and over its updates' dictionaries `parts`."""
+    mean = lambda values: sum(values) / len(values)
+    found = {"success": mean([e.won for e in episodes]), "reward": mean([e.reward for e in episodes]),
+             "steps": mean([len(e.steps) for e in episodes]), **flaw_rates(episodes),
+             "truncated": sum(e.truncated for e in episodes), "tokens": sum(len(e.tokens) for e in episodes)}
+    if episodes[0].score is not None:
+        found["score"] = mean([max(0, e.score) for e in episodes])
+    for name in sorted({name for part in parts for name in part}):
+        found[name] = mean([part[name] for part in parts if name in part])
+    return found
+
+
+def line_of(row):
+    """The one line an iteration prints."""
+    return (f"success {row['success']:.2f}  reward {row['reward']:.2f}  loss {row['loss']:+.4f}  inadmissible "
+            f"{row['inadmissible']:.2f}  repeated {row['repeated']:.2f}  no signal {row['groups_without_signal']:.2f}  kl "
+            f"{row['kl']:.4f}  {row['tokens'] / (row['seconds_play'] + row['seconds_update']):,.0f} tokens/s")
+
+
+def log(out, board, iteration, row):
+    """A line of metrics.jsonl, and TensorBoard's scalars."""
+    with open(os.path.join(out, "metrics.jsonl"), "a") as file:
+        file.write(json.dumps({"iteration": iteration, **row}) + "\n")
+    for name, value in row.items():
+        if isinstance(value, dict):
+            board.add_scalar(f"{name}/success", value["success"], iteration)
+        else:
+            board.add_scalar(name, value, iteration)
+
+
+def write_samples(out, tokenizer, episodes, iteration):
+    """Two won and two lost episodes as text, with each step's flaws."""
+    picks = [e for e in episodes if e.won][:2] + [e for e in episodes if not e.won][:2]
+    with open(os.path.join(out, "samples", f"iteration-{iteration:06d}.txt"), "w") as file:
+        for episode in picks:
+            file.write(f"=== {episode.game.name}   won: {episode.won}\n{tokenizer.decode(episode.tokens)}\n")
+            for k, step in enumerate(episode.steps):
+                flaws = [n for n in FLAWS if getattr(step, n)]
+                file.write(f"  step {k + 1}: {step.action!r} {' '.join(flaws)}\n")
+            file.write("\n")
