@@ -10,24 +10,28 @@ class RaggedCache:
     rubbish from padding; the attention mask never lets it be seen, and the row's next tokens overwrite it.
     """
 
-    def __init__(self):
+    def __init__(self, size):
         self.layers = {}  # layer -> [keys, values], each (B, heads, capacity, head_dim): attention reads it in order
-        self.at = None    # (B, q) where the current forward pass writes
+        self.size = size  # B
+        self.rows = None  # (b,) the rows that take part in the current forward pass; None: all
+        self.at = None    # (b, q) where the current forward pass writes
         self.limit = 0    # columns that the current forward pass reads
 
-    def update(self, keys, values, layer, *_, **__):  # each (B, heads, q, head_dim)
-        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
+    def update(self, keys, values, layer, *_, **__):  # each (b, heads, q, head_dim)
+        rows = torch.arange(self.size, device=keys.device) if self.rows is None else self.rows
         stored = self.layers.setdefault(layer, [None, None])
         for i, new in enumerate((keys, values)):
             if stored[i] is None or stored[i].shape[2] < self.limit:
-                grown = new.new_zeros(*new.shape[:2], 2 * self.limit, new.shape[3])
+                grown = new.new_zeros(self.size, new.shape[1], 2 * self.limit, new.shape[3])
                 if stored[i] is not None:
                     grown[:, :, :stored[i].shape[2]] = stored[i]
                 stored[i] = grown
-            stored[i][rows, :, self.at] = new.transpose(1, 2)  # indexing puts (B, q) first: (B, q, heads, head_dim)
-        return stored[0][:, :, :self.limit], stored[1][:, :, :self.limit]
+            stored[i][rows[:, None], :, self.at] = new.transpose(1, 2)  # indexing puts (b, q) first: (b, q, heads, head_dim)
+        part = slice(None) if self.rows is None else rows
+        return stored[0][part, :, :self.limit], stored[1][part, :, :self.limit]
 
     def keep(self, rows):
+        self.size = len(rows)
         for stored in self.layers.values():
             stored[0], stored[1] = stored[0][rows], stored[1][rows]
 
@@ -51,7 +55,7 @@ class TorchEngine:
 
     def start(self, seed):
         """Forget all conversations. `seed` makes the sampling repeat."""
-        self.cache, self.rows, self.lengths, self.submitted = RaggedCache(), None, None, {}
+        self.cache, self.rows, self.lengths, self.submitted = None, None, None, {}
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def sync(self, model, tokenizer):
@@ -76,6 +80,7 @@ class TorchEngine:
         self.model.eval()
         if self.rows is None:
             self.rows, self.lengths = list(rows), torch.zeros(len(rows), dtype=torch.long, device=self.device)
+            self.cache = RaggedCache(len(rows))
         elif self.rows != list(rows):  # some have finished
             place = {row: i for i, row in enumerate(self.rows)}
             index = torch.tensor([place[row] for row in rows], device=self.device)
@@ -84,11 +89,8 @@ class TorchEngine:
 
         known = self.lengths.tolist()
         chunks = [ids[n:] for ids, n in zip(sequences, known)]  # what the cache has not seen
+        hidden = self._read(chunks)                                                             # (B, D)
         widths = torch.tensor([len(c) for c in chunks], device=self.device)
-        width = max(len(c) for c in chunks)
-        batch = torch.tensor([c + [0] * (width - len(c)) for c in chunks], device=self.device)  # (B, q)
-        hidden = self._forward(batch)                                                           # (B, q, D)
-        hidden = hidden[torch.arange(len(rows), device=self.device), widths - 1]                # (B, D)
         self.lengths = self.lengths + widths
 
         ids, logprobs = [[] for _ in rows], [[] for _ in rows]
@@ -107,12 +109,29 @@ class TorchEngine:
             self.lengths = self.lengths + torch.tensor(running, device=self.device)
         return list(zip(ids, logprobs))
 
-    def _forward(self, batch):
-        """Hidden states (B, q, D) of the next q tokens of each row; row b's tokens start at position lengths[b]."""
-        positions = self.lengths[:, None] + torch.arange(batch.shape[1], device=self.device)   # (B, q)
-        self.cache.at, self.cache.limit = positions, int(positions.max()) + 1
+    def _read(self, chunks, padded_tokens=4096):
+        """Hidden states (B, D) at the end of each row's new ids. Rows of similar length go together: little padding, and
+        attention scores small enough for a processor's cache."""
+        order, parts, found = sorted(range(len(chunks)), key=lambda b: len(chunks[b])), [[]], [None] * len(chunks)
+        for b in order:
+            if parts[-1] and (len(parts[-1]) + 1) * len(chunks[b]) > padded_tokens:
+                parts.append([])
+            parts[-1].append(b)
+        for part in parts:
+            width = len(chunks[part[-1]])
+            batch = torch.tensor([chunks[b] + [0] * (width - len(chunks[b])) for b in part], device=self.device)  # (b, q)
+            hidden = self._forward(batch, torch.tensor(part, device=self.device))                                 # (b, q, D)
+            for i, b in enumerate(part):
+                found[b] = hidden[i, len(chunks[b]) - 1]
+        return torch.stack(found)
+
+    def _forward(self, batch, rows=None):
+        """Hidden states (b, q, D) of the next q tokens of these rows; row b's tokens start at position lengths[b]."""
+        lengths = self.lengths if rows is None else self.lengths[rows]
+        positions = lengths[:, None] + torch.arange(batch.shape[1], device=self.device)        # (b, q)
+        self.cache.rows, self.cache.at, self.cache.limit = rows, positions, int(positions.max()) + 1
         columns = torch.arange(self.cache.limit, device=self.device)
-        visible = columns <= positions[:, :, None]                                             # (B, q, limit)
+        visible = columns <= positions[:, :, None]                                             # (b, q, limit)
         return self.trunk(input_ids=batch, position_ids=positions, attention_mask=visible[:, None],
                           past_key_values=self.cache, use_cache=True).last_hidden_state
 
