@@ -235,6 +235,36 @@ def bench_loop(model_folder, tasks=16, group=8, repeats=3):
         print(f"  update with {name:32} {timed(name, **keywords) / alone:.2f} times GRPO alone")
 
 
+def bench_engines(model_folder, tasks=16, group=8):
+    """vLLM against our PyTorch engine: the same games, the same policy, sampled tokens per second of sampling."""
+    import importlib.util
+    if importlib.util.find_spec("vllm") is None:
+        print("\nengines: vLLM is not installed, nothing to compare")
+        return
+    import torch
+
+    import envs
+    from env_pool import EnvPool
+    from policy import load_policy, make_chat
+    from rollout import play
+    from torch_engine import TorchEngine
+    from vllm_engine import VLLMEngine
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_policy(model_folder, device)
+    chat, _ = make_chat(tokenizer, "alfworld", model_folder)
+    games, speeds = envs.sample_games(envs.list_games("alfworld", "train", "generated"), tasks, 0), {}
+    with EnvPool(os.cpu_count()) as pool:
+        for name, engine in (("PyTorch", TorchEngine(model, chat.eos)),
+                             ("vLLM", VLLMEngine(model_folder, chat.eos, 1.0, 24, 2048, "float32", 0.2))):
+            play(engine, pool, chat, games[:2], 2, 20)  # warm up
+            episodes, report = play(engine, pool, chat, games, group, 20, seed=1)
+            sampled = sum(sum(e.sampled) for e in episodes)
+            speeds[name] = sampled / report["sample"]
+            print(f"  {name:8} {len(episodes)} episodes, {sampled:,} sampled tokens, won {sum(e.won for e in episodes)}, "
+                  f"{speeds[name]:,.0f} tokens/s of sampling on {device}")
+    print(f"  vLLM / PyTorch {speeds['vLLM'] / speeds['PyTorch']:.2f}")
+
+
 # ----------------------------------------------------------------------------------------------------------- memory
 
 SHAPES = {  # hidden, feed-forward, layers, heads, key-value heads, vocabulary, tied: of Qwen2.5-Instruct
@@ -295,7 +325,7 @@ def bench_memory(tokens=256):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measure speeds as ratios.")
-    parser.add_argument("--only", choices=["envs", "loop", "memory"], help="one part alone")
+    parser.add_argument("--only", choices=["envs", "loop", "engines", "memory"], help="one part alone")
     parser.add_argument("--model", default=os.path.join(HERE, "policies", "tiny"), help="policy for the loop")
     parser.add_argument("--stock", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -307,5 +337,7 @@ if __name__ == "__main__":
             bench_scienceworld()
         if args.only in (None, "loop"):
             bench_loop(args.model)
+        if args.only in (None, "engines"):
+            bench_engines(args.model)
         if args.only in (None, "memory"):
             bench_memory()

@@ -62,7 +62,7 @@ class Machine:
         heap = heap_megabytes(int(os.environ.get("ENV_POOL_WORKERS", "1")))
         port, self.process = launch_gateway(
             classpath=JAR_PATH, cwd=BASEPATH, java_path=find_java(), return_proc=True,
-            javaopts=[f"-Xmx{heap}m", "-XX:+UseSerialGC", "-XX:-UsePerfData", *SAME_ORDER],
+            javaopts=[f"-Xmx{heap}m", "-XX:+UseSerialGC", "-XX:-UsePerfData", "-XX:+ExitOnOutOfMemoryError", *SAME_ORDER],
             die_on_exit=True, create_new_process_group=True)  # Ctrl-C is for Python, which then closes our input
         self.gateway = JavaGateway(gateway_parameters=GatewayParameters(auto_field=True, port=port))
         java = self.gateway.jvm
