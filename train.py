@@ -79,7 +79,7 @@ def parse_arguments():
     flag("--max-new-tokens", type=int, help="per answer (default 24 for our tiny policy, 512 for others)")
     flag("--max-context", type=int, help="tokens; an episode that would grow longer ends there (default 2048, others 8192)")
     # how it learns
-    flag("--iterations", type=int, help="rounds of playing and updating (default 32, ScienceWorld 12)")
+    flag("--iterations", type=int, help="rounds of playing and updating (default 32, ScienceWorld 10)")
     flag("--tasks", type=int, default=16, help="games per iteration")
     flag("--group-size", type=int, default=8, help="episodes per game (G)")
     flag("--updates", type=int, default=2, help="optimizer steps per iteration, each on its share of the groups")
@@ -115,7 +115,7 @@ def parse_arguments():
                 args = argparse.Namespace(**{**vars(args), **json.load(file), "resume": args.resume, "out": args.resume})
         except (OSError, ValueError):
             parser.error(f"--resume {args.resume}: no config.json of a run in there")
-    args.iterations = {"alfworld": 32, "scienceworld": 12}[args.env] if args.iterations is None else args.iterations
+    args.iterations = {"alfworld": 32, "scienceworld": 10}[args.env] if args.iterations is None else args.iterations
     for name in ("iterations", "tasks", "group_size", "updates", "micro_tokens", "workers", "save_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
