@@ -8,7 +8,7 @@
 ask for what is used, and for admissible commands only when somebody wants them (`admissible()`). We also step the
 simulation itself, and not the layer around it that records a history and prints every object in reach.
 
-**Memory.** The stock package starts one Java machine per environment, half a gigabyte each. Here all environments of a
+**Memory.** The stock package starts one Java machine per environment. Here all environments of a
 process live in one machine. The simulator has three global variables that this would mix up: the random generator, the
 counter of object numbers, and the simplifications in force. Each environment keeps its own, and puts them in place
 before it is used (`_enter`). tests/test_scienceworld.py plays many environments in turns, next to the stock package in a

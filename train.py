@@ -160,7 +160,7 @@ def setup(args):
     print(f"model   {folder}   (--model, --cold-start)")
     print(f"engine  {args.engine} on {args.device}, {torch.get_num_threads()} threads" + (f", {world.num_processes} processes"
           if world.num_processes > 1 else "") + "   (--engine, --device)")
-    half = args.precision == "bfloat16" or (args.precision == "auto" and args.device.startswith("cuda"))
+    half = in_half(args)
     model, reference, tokenizer = trainable(folder, args.device, half, args.lora_rank, args.gradient_checkpointing,
                                             args.kl_coef > 0, args.seed)
     chat, ours = make_chat(tokenizer, args.env, folder)
@@ -180,16 +180,20 @@ def setup(args):
         question = (chat.next_prompt(QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
     return dict(games=games, pool=pool, model=model, tokenizer=tokenizer, chat=chat, value_head=value_head,
                 reference=reference, question=question, folder=folder, world=world, prompt="short" if ours else "instructions",
-                engine=make_engine(args, model, chat, folder, half),
+                engine=make_engine(args, model, chat, folder),
                 optimizer=torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0))
 
 
-def make_engine(args, model, chat, folder, half):
+def in_half(args):
+    return args.precision == "bfloat16" or (args.precision == "auto" and args.device.startswith("cuda"))
+
+
+def make_engine(args, model, chat, folder):
     if args.engine == "torch":
         return TorchEngine(model, chat.eos, args.temperature, args.max_new_tokens)
     from vllm_engine import VLLMEngine
-    return VLLMEngine(folder, chat.eos, args.temperature, args.max_new_tokens, args.max_context, "bfloat16" if half else "float32",
-                      args.engine_memory, args.tensor_parallel, args.seed)
+    return VLLMEngine(folder, chat.eos, args.temperature, args.max_new_tokens, args.max_context,
+                      "bfloat16" if in_half(args) else "float32", args.engine_memory, args.tensor_parallel, args.seed)
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -200,6 +204,8 @@ def main():
         run = setup(args)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ntrain.py: stopped before the run began")
     again = f"python train.py --resume {args.out}"
     with run["pool"]:
         try:
@@ -310,8 +316,7 @@ def rollout(args, run, games, seed):
             sys.exit(f"train.py: vLLM failed again ({type(error).__name__}: {error}). Go on with: python train.py --resume {args.out}")
         print(f"vLLM failed ({type(error).__name__}: {error}): restarting it", flush=True)
         run["engine_restarts"] = 1
-        run["engine"] = make_engine(args, run["model"], run["chat"], run["folder"], args.precision == "bfloat16" or (
-            args.precision == "auto" and args.device.startswith("cuda")))
+        run["engine"] = make_engine(args, run["model"], run["chat"], run["folder"])
         run["engine"].sync(run["model"], run["tokenizer"])
         return again()
 
@@ -329,8 +334,8 @@ def make_batches(args, run, episodes, seed):
         batch = make_batch([episodes[j] for j in chosen], advantages[chosen], args.labels, args.weighting,
                            args.questions if run["question"] else 0, seed + i)
         if args.engine == "vllm":
-            gaps.append(recompute_old_logprobs(run["model"], batch, args.temperature, args.micro_tokens, args.tis_clip,
-                                               run["world"]))
+            own = recompute_old_logprobs(run["model"], batch, args.temperature, args.micro_tokens, args.tis_clip, run["world"])
+            gaps.append(max(gather_object([own])))  # the same for all processes: they stop together
             if gaps[-1] > args.engine_gap:
                 sys.exit(f"train.py: vLLM's log-probabilities are {gaps[-1]:.3f} nats per token from the trainer's (--engine-gap "
                          f"{args.engine_gap}): its weights are stale or its arithmetic differs; use --engine torch, or a "

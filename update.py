@@ -163,7 +163,8 @@ def recompute_old_logprobs(model, batch, temperature, max_tokens, tis_clip, worl
     batch.old_logprobs = reference_logprobs(model, batch.episodes, temperature, max_tokens, world)
     pairs = list(zip(batch.old_logprobs, sampler))
     batch.importance = [None if t is None else truncated_importance(t, s, tis_clip) for t, s in pairs]
-    return torch.cat([t - s for t, s in pairs if t is not None]).abs().mean().item()
+    gaps = [(t - s).abs() for t, s in pairs if t is not None]
+    return torch.cat(gaps).mean().item() if gaps else 0.0
 
 
 def branches_of(batch, micro, question):

@@ -11,7 +11,6 @@ engine's log-probabilities with the trainer's after each sync, and stops where t
 """
 
 import os
-import shutil
 import tempfile
 
 from policy import save_policy
@@ -33,7 +32,7 @@ class VLLMEngine:
             model=folder, skip_tokenizer_init=True, dtype=dtype, max_model_len=max_context, enable_prefix_caching=True,
             gpu_memory_utilization=memory, tensor_parallel_size=tensor_parallel, seed=seed,
             logprobs_mode="processed_logprobs", disable_log_stats=True))
-        self.folder = tempfile.mkdtemp(prefix="nano-gcd-weights-")
+        self.scratch = tempfile.TemporaryDirectory(prefix="nano-gcd-weights-")  # gone with this object, or with the process
 
     def start(self, seed):
         """Forget all conversations. Every request gets a seed of its own, so that sampling repeats."""
@@ -63,9 +62,7 @@ class VLLMEngine:
 
     def sync(self, model, tokenizer):
         """Sample from the model's present weights from now on."""
-        save_policy(self.folder, model, tokenizer)
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_path": self.folder})
+        folder = os.path.join(self.scratch.name, "weights")
+        save_policy(folder, model, tokenizer)
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         self.engine.reset_prefix_cache()
-
-    def close(self):
-        shutil.rmtree(self.folder, ignore_errors=True)

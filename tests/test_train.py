@@ -73,6 +73,7 @@ def test_runs_killed_at_random_moments_resume_to_the_same_numbers(small_policy, 
     begin = time.time()
     assert start("--out", whole, *options).communicate() and os.path.exists(os.path.join(whole, "checkpoint-000004"))
     seconds = time.time() - begin
+    resumed = 0
     for i in range(10 if request.config.getoption("--all-games") else 2):
         killed = str(tmp_path / f"killed-{i}")
         run = start("--out", killed, *options)
@@ -85,6 +86,8 @@ def test_runs_killed_at_random_moments_resume_to_the_same_numbers(small_policy, 
         output = run.communicate()[0]
         assert run.returncode == 0, output
         assert metrics(killed) == metrics(whole), f"killed run {i}"
+        resumed += 1
+    assert resumed > 0
 
 
 def test_a_dead_engine_is_restarted_once_and_then_ends_the_run(monkeypatch):
@@ -130,7 +133,7 @@ def test_ctrl_c_says_how_to_go_on(small_policy, tmp_path):
 
 
 def test_a_full_disk_is_one_clear_line_and_loses_nothing(small_policy, tmp_path):
-    """A real one: the run's folder on a file system of two megabytes... where we may mount one."""
+    """A real one: the run's folder on a file system of one megabyte, where we may mount one."""
     out = tmp_path / "disk"
     out.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(out)], capture_output=True).returncode:

@@ -26,9 +26,7 @@ FOLDER = os.path.join(ROOT, "policies", "tiny")
 def engine():
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm_engine import VLLMEngine
-    engine = VLLMEngine(FOLDER, load_policy(FOLDER)[1].eos_token_id, 0.7, 24, 2048, "float32", 0.1)
-    yield engine
-    engine.close()
+    return VLLMEngine(FOLDER, load_policy(FOLDER)[1].eos_token_id, 0.7, 24, 2048, "float32", 0.1)
 
 
 def gap(model, episodes):
