@@ -164,15 +164,15 @@ class EnvPool:
     def _stop(process):
         process.kill()
         process.wait()
-        process.stdin.close()
         process.stdout.close()
+        try:
+            process.stdin.close()
+        except OSError:  # it died with a request half-written, which closing tries to send
+            pass
 
     def close(self):
         for process in self.processes:
-            try:
-                self._stop(process)
-            except OSError:
-                pass
+            self._stop(process)
         self.processes = []
 
     def __enter__(self):

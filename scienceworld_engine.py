@@ -8,6 +8,10 @@
 ask for what is used, and for admissible commands only when somebody wants them (`admissible()`). We also step the
 simulation itself, and not the layer around it that records a history and prints every object in reach.
 
+**What this changes.** Listing the valid actions draws from the simulator's random generator, so that in the stock package
+a bee flies elsewhere because somebody asked what can be done. Here, asking changes nothing: we play as the stock package
+does where nobody asks.
+
 **Memory.** The stock package starts one Java machine per environment. Here all environments of a
 process live in one machine. The simulator has three global variables that this would mix up: the random generator, the
 counter of object numbers, and the simplifications in force. Each environment keeps its own, and puts them in place
@@ -73,6 +77,7 @@ class Machine:
         self.counter_field = java.Class.forName("util.UniqueIdentifier$").getDeclaredField("count")
         for field in (self.random_field, self.counter_field):
             field.setAccessible(True)
+        self.spare_generator = java.java.util.Random()
         self.current = None  # the ScienceWorld whose variables are in place
 
 
@@ -92,9 +97,10 @@ class ScienceWorld:
 
     def __init__(self):
         self.machine = machine()
-        self.server = self.machine.gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
         self.generator = self.machine.gateway.jvm.java.util.Random()
         self.count, self.simplifications = 0, None
+        self._enter()  # before making the interface, which makes all objects of all tasks: not at another's expense
+        self.server = self.machine.gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
         self._slim()
 
     def _slim(self):
@@ -131,7 +137,7 @@ class ScienceWorld:
     def reset(self, game):
         """Load a `Game` and return its first observation: the task, and the room. Raises BadGame."""
         self._load(game)
-        self.read, self.score, self.before = set(), 0, None
+        self.read, self.score, self.before, self.completed = set(), 0, None, False
         self.simulation = self.server.agentInterface().get()
         task = self.server.getTaskDescription().strip()
         first = self.step("look around")
@@ -141,20 +147,23 @@ class ScienceWorld:
         from py4j.protocol import Py4JJavaError
         self._enter()
         if command.strip().lower() in ("help", "objects", "task"):  # answered by the layer around the simulation
-            return self._observe(self.server.step(command), self.score, False)
+            return self._observe(self.server.step(command), self.score, self.completed)
         try:
             result = self.simulation.step(command)
             return self._observe(result._1() or NOT_UNDERSTOOD, int(round(100 * result._2())), result._3())
         except Py4JJavaError:  # a bug of the simulator, set off by this command: for the player, one it does not know
-            return self._observe(UNKNOWN[0], self.score, False)
+            return self._observe(UNKNOWN[0], self.score, self.completed)
 
     def admissible(self):
         """What the simulator lists as valid here, sorted: some 500, at the cost of twenty steps.
 
-        A few of them its parser then refuses; `Observation.accepted` goes by what it does.
+        A few of them its parser then refuses; `Observation.accepted` goes by what it does. Making the list draws some 450
+        random numbers. Here they come from another generator, so that looking at the list does not change the game.
         """
         self._enter()
+        self.machine.random_field.set(self.machine.random, self.machine.spare_generator)
         found = json.loads(self.server.getValidActionObjectCombinationsJSON())
+        self.machine.random_field.set(self.machine.random, self.generator)
         return sorted({action["action"] for action in found["validActions"]})
 
     def gold_path(self, game):
@@ -170,6 +179,6 @@ class ScienceWorld:
         # Looking around and measuring change nothing, but tell something: without effect is what does neither.
         effect = state != self.before or raw not in self.read
         self.read.add(raw)
-        reward, self.score, self.before = (score - self.score) / 100, score, state
-        return Observation(raw.strip(), None, state, reward, score == 100, bool(completed) or score < 0,
+        reward, self.score, self.before, self.completed = (score - self.score) / 100, score, state, bool(completed)
+        return Observation(raw.strip(), None, state, reward, score == 100, self.completed or score < 0,
                            accepted=not raw.startswith(UNKNOWN), effect=effect, score=score)
