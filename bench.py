@@ -271,56 +271,63 @@ SHAPES = {  # hidden, feed-forward, layers, heads, key-value heads, vocabulary, 
     "1.5B": (1536, 8960, 28, 12, 2, 151_936, True), "7B": (3584, 18_944, 28, 28, 4, 152_064, False)}
 
 
-def bench_memory(tokens=256):
-    """What a forward pass keeps for the backward pass, in bytes per token: counted on two layers of the real shape with
-    random weights in bfloat16 arithmetic; and from that, with the number of parameters, what fits where."""
+def bench_memory(counts=(256, 512)):
+    """What a forward pass keeps for the backward pass, in bytes per token, and with the number of parameters what fits.
+
+    Counted on one and two layers of the real shape (random weights, bfloat16 arithmetic) at two numbers of tokens: the
+    slope is what a token costs a layer; what does not grow (autocast's copies of the weights) drops out.
+    """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from policy import add_lora, compute_in_bfloat16
-    print(f"\nmemory, counted over {tokens} tokens; updates of micro-batches of 8,192 tokens; AdamW in float32")
-    for name, (hidden, wide, layers, heads, kv_heads, vocabulary, tied) in SHAPES.items():
-        def build(n, lora):
-            model = Qwen2ForCausalLM(Qwen2Config(
-                vocab_size=1024, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=n, num_attention_heads=heads,
-                num_key_value_heads=kv_heads, tie_word_embeddings=False)).to(torch.bfloat16 if lora else torch.float32)
-            return add_lora(model, 32) if lora else model
+
+    def build(shape, layers, lora):
+        hidden, wide, _, heads, kv_heads, *_ = shape
+        model = Qwen2ForCausalLM(Qwen2Config(
+            vocab_size=1024, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, tie_word_embeddings=False)).to(torch.bfloat16 if lora else torch.float32)
+        return add_lora(model, 32) if lora else model
+
+    def kept(model, tokens):
+        """Bytes of all tensors that autograd saves in a forward pass."""
+        seen = {}
+
+        def pack(x):
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = model.get_decoder()(input_ids=torch.zeros(1, tokens, dtype=torch.long)).last_hidden_state
+        return sum(seen.values()) + 0 * out.numel()  # alive until here, so that no storage's address is used twice
+
+    print(f"\nmemory of an update, counted at {counts} tokens; AdamW in float32, micro-batches of 8,192 tokens")
+    for name, shape in SHAPES.items():
+        hidden, _, layers, _, _, vocabulary, tied = shape
         for lora in (False, True):
-            kept, parameters, trained = {}, {}, {}
-            for recompute in (False, True):
-                for n in (1, 2):
-                    model = build(n, lora)
-                    parameters[n] = sum(p.numel() for p in model.parameters())
-                    trained[n] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-                    weights = {p.data_ptr() for p in model.parameters()}
-                    compute_in_bfloat16(model)
-                    if recompute:
-                        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-                    model.train()
-                    seen = {}
-
-                    def pack(x):
-                        if x.data_ptr() not in weights and x.numel() >= tokens:
-                            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-                        return x
-
-                    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-                        out = model.get_decoder()(input_ids=torch.zeros(1, tokens, dtype=torch.long)).last_hidden_state
-                    if recompute:  # the layer's input is kept outside the hooks
-                        seen = {i: tokens * hidden * out.element_size() for i in range(n)}
-                    kept[recompute, n] = sum(seen.values()) / tokens
-                    del out, model
+            per_token, parameters, trained = {}, {}, {}
+            for n in (1, 2):
+                model = build(shape, n, lora)
+                parameters[n] = sum(p.numel() for p in model.parameters())
+                trained[n] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                compute_in_bfloat16(model)
+                model.train()
+                few, many = (kept(model, tokens) for tokens in counts)
+                per_token[n] = (many - few) / (counts[1] - counts[0])
+                del model
             total = layers * (parameters[2] - parameters[1]) + (1 if tied else 2) * vocabulary * hidden
             learnt = layers * (trained[2] - trained[1]) if lora else total
-            per_layer = {r: kept[r, 2] - kept[r, 1] for r in (False, True)}
-            # frozen weights 2 bytes; trained ones 16 (weight, gradient, two moments); without LoRA a reference of 2 more
-            fixed = (2 * total if lora else 2 * total) + 16 * learnt
-            # under recomputation one layer's activations exist at a time, beside the inputs of all
-            moving = {False: layers * per_layer[False], True: layers * per_layer[True] + per_layer[False]}
-            gb = lambda recompute: (fixed + 8192 * moving[recompute] + 4 * 4 * 2**24) / 1e9
-            print(f"  {name} {'LoRA 32' if lora else 'full   '}  {total / 1e9:.2f}e9 parameters, {learnt / 1e6:,.0f}e6 trained: fixed "
-                  f"{fixed / 1e9:.1f} GB; a layer keeps {per_layer[False]:,.0f} bytes per token, {per_layer[True]:,.0f} with "
-                  f"checkpointing; together {gb(False):.0f} GB, {gb(True):.0f} GB with checkpointing")
+            layer = per_token[2] - per_token[1]
+            # Trained weights: 16 bytes (weight, gradient, two moments), and autocast's copy of 2; frozen ones: 2, which
+            # without LoRA are the reference policy of the KL term (with LoRA that is the same model, adapters off).
+            fixed = 2 * total + (16 if lora else 18) * learnt
+            logits = 4 * 4 * 2**24  # token_logprobs: a chunk, its gradient, two in passing
+            whole = fixed + logits + 8192 * layers * layer
+            # Checkpointing keeps each layer's input (2 or 4 bytes a number) and one layer's activations at a time.
+            again = fixed + logits + 8192 * (layers * hidden * (2 if lora else 4) + layer)
+            print(f"  {name:4} {'LoRA 32' if lora else 'full   '}  {total / 1e9:.2f}e9 parameters, {learnt / 1e6:6,.0f}e6 trained: "
+                  f"fixed {fixed / 1e9:5.1f} GB, {layer / 1e3:4.0f} kB per token and layer; together {whole / 1e9:.0f} GB, "
+                  f"with checkpointing {again / 1e9:.0f} GB")
 
 
 if __name__ == "__main__":
