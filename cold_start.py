@@ -147,7 +147,7 @@ def main():
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
     parser.add_argument("--lm-coef", type=float, default=0.1, help="weight of the loss on observation tokens")
     parser.add_argument("--max-steps", type=int, help="longer expert episodes are left out (default: as train.py)")
-    parser.add_argument("--copies", type=int, default=1, help="copies of each ScienceWorld episode, with boxes of other colours")
+    parser.add_argument("--copies", type=int, default=1, help="copies of each ScienceWorld episode, with other names for boxes, rooms, animals")
     parser.add_argument("--sloppy", type=float, default=0.0, help="chance of a careless action before each of the expert's")
     parser.add_argument("--stop-step", type=int, help="stop after so many updates, in the middle of the schedule: a policy "
                         "that leaves room to learn by reward")

@@ -79,24 +79,30 @@ def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0):
 
 
 COLORS = ["red", "green", "blue", "orange", "yellow", "purple"]
+ROOMS = ["bathroom", "bedroom", "kitchen", "living room", "workshop", "art studio", "foundry", "hallway"]
+EGGS = ["butterfly", "giant tortoise", "blue jay", "dove", "turtle", "parrot", "crocodile", "frog", "chameleon"]
 
 
-def recolor(rng):
-    """A function that gives the boxes of a ScienceWorld episode other colours, the same throughout its texts.
+def rename(rng, animals=True):
+    """A function that renames a ScienceWorld episode's boxes, rooms and (where their kind does not matter) animals, the
+    same throughout its texts.
 
-    >>> say = recolor(random.Random(1))
-    >>> say("Move it to the red box. You see a red box and a red wire.")
-    'Move it to the green box. You see a green box and a red wire.'
+    >>> say = rename(random.Random(1))
+    >>> say("Move it to the red box in the kitchen. Here you see a red box, a red wire and a dove egg.")
+    'Move it to the green box in the art studio. Here you see a green box, a red wire and a butterfly egg.'
     """
-    other = dict(zip(COLORS, rng.sample(COLORS, len(COLORS))))
-    return lambda text: re.sub(rf"\b({'|'.join(COLORS)})(?= box)", lambda m: other[m[1]], text)
+    other = {}
+    for names in [COLORS, ROOMS] + ([EGGS] if animals else []):
+        other.update(zip(names, rng.sample(names, len(names))))
+    box, name = "|".join(COLORS), "|".join(n for n in other if n not in COLORS)
+    return lambda text: re.sub(rf"\b(?:({box})(?= box)|({name})\b)", lambda m: other[m[0]], text)
 
 
 def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, seed=0, copies=1):
     """The expert's won episodes as `Episode`s: what the expert said counts as sampled, so losses apply as in RL.
 
     copies: ScienceWorld has few variations, and a policy learns them by heart; of each episode so many copies are made
-    in which the boxes have other colours. Then it must read which box is meant.
+    in which boxes, rooms and animals have other names. Then it must read what is meant.
     """
     remembered = {}
 
@@ -114,7 +120,7 @@ def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, 
         if not won:
             continue
         for copy in range(copies):
-            say = recolor(rng) if copy else str
+            say = rename(rng, animals=game.task_type.startswith("find")) if copy else str
             episode = Episode(game, len(episodes), won=True, reward=1.0)
             for i, (observation, command, *_) in enumerate(turns):
                 observation, command = say(observation), say(command)
