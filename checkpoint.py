@@ -13,7 +13,8 @@ import signal
 
 import torch
 
-from policy import save_policy
+from policy import plain_state_dict, save_policy
+from sharding import load_optimizer, load_weights, whole
 
 
 @contextlib.contextmanager
@@ -46,26 +47,32 @@ def checkpoints(out):
     return sorted(n for n in names if n.startswith("checkpoint-") and not n.endswith((".partial", ".old")))
 
 
-def save_checkpoint(out, model, tokenizer, optimizer, value_head, iteration, keep=2, **notes):
-    """Write `checkpoint-000010/` into the run's folder; the `keep` newest stay. Raises OSError (a full disk, say)."""
+def save_checkpoint(out, model, tokenizer, optimizer, value_head, iteration, keep=2, write=True, **notes):
+    """Write `checkpoint-000010/` into the run's folder; the `keep` newest stay. Raises OSError (a full disk, say).
+
+    A sharded model: all processes must call it, one with `write`.
+    """
     folder = os.path.join(out, f"checkpoint-{iteration:06d}")
+    state, optimizer_state = plain_state_dict(model), whole(optimizer.state_dict())
+    if not write:
+        return folder
 
     def extras(partial):
-        torch.save({"iteration": iteration, "optimizer": optimizer.state_dict(),
+        torch.save({"iteration": iteration, "optimizer": optimizer_state,
                     "value_head": value_head and value_head.state_dict()}, os.path.join(partial, "trainer.pt"))
 
     with uninterrupted():
-        save_policy(folder, model, tokenizer, extras=extras, iteration=iteration, **notes)
+        save_policy(folder, model, tokenizer, extras=extras, state=state, iteration=iteration, **notes)
         for old in checkpoints(out)[:-keep]:
             shutil.rmtree(os.path.join(out, old))
     return folder
 
 
-def load_checkpoint(out, model, optimizer, value_head, device):
+def load_checkpoint(out, model, optimizer, value_head, device, write=True):
     """Put the newest checkpoint that can be read into model, optimizer and value head; returns its iteration, 0 if none.
 
-    A damaged one (a truncated file) is named and passed over. metrics.jsonl is cut back to the checkpoint: what was
-    logged after it will be logged again, with the same numbers.
+    A damaged one (a truncated file) is named and passed over. metrics.jsonl is cut back to the checkpoint (by the process
+    that may `write`): what was logged after it will be logged again, with the same numbers.
     """
     from safetensors.torch import load_file
     iteration = 0
@@ -81,18 +88,18 @@ def load_checkpoint(out, model, optimizer, value_head, device):
                 weights = {}
                 for part in sorted(n for n in os.listdir(folder) if n.endswith(".safetensors")):
                     weights |= load_file(os.path.join(folder, part))
-                load = lambda: model.load_state_dict(weights, strict=not model.config.tie_word_embeddings)
+                load = lambda: load_weights(model, weights, strict=not model.config.tie_word_embeddings)
         except Exception as error:  # truncated files make torch and safetensors raise all sorts of things
             print(f"passing over {name}: it cannot be read ({type(error).__name__})")
             continue
         load()
-        optimizer.load_state_dict(trainer["optimizer"])
+        load_optimizer(optimizer, trainer["optimizer"])
         if value_head is not None:
             value_head.load_state_dict(trainer["value_head"])
         iteration = trainer["iteration"]
         break
     path = os.path.join(out, "metrics.jsonl")
-    if os.path.exists(path):
+    if write and os.path.exists(path):
         with open(path) as file:
             whole = [line for line in file if line.endswith("\n")]  # a kill may have left half a line
         kept = [line for line in whole if iteration and json.loads(line)["iteration"] <= iteration]

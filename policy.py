@@ -13,6 +13,7 @@ import shutil
 import torch
 
 from rollout import SYSTEM, SYSTEM_INSTRUCT, ChatFormat
+from sharding import shard, whole
 
 SHIPPED = {"alfworld": "tiny", "scienceworld": "tiny-scienceworld"}  # policies in the repository, of each environment
 QUESTION = "good or bad?"  # the generative classifier's question, here so that the tokenizer has its words
@@ -70,7 +71,8 @@ def load_policy(folder, device="cpu", dtype=torch.float32):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except Exception as error:  # a missing folder, a torn file, an unknown architecture: each raises something else
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FileNotFoundError(f"{folder} is not a checkpoint that transformers can load: {why}") from error
+        hub = "" if os.path.isdir(folder) else " (There is no such folder here. If its download broke off, start again.)"
+        raise FileNotFoundError(f"{folder} is not a checkpoint that transformers can load: {why}{hub}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device), tokenizer
@@ -94,12 +96,14 @@ def compute_in_bfloat16(model):
         part.forward = torch.autocast(device, dtype=torch.bfloat16)(part.forward)
 
 
-def trainable(folder, device="cpu", half=False, lora_rank=0, gradient_checkpointing=False, with_reference=True, seed=0):
-    """(model to train, reference or None, tokenizer).
+def trainable(folder, device="cpu", half=False, lora_rank=0, gradient_checkpointing=False, with_reference=True, seed=0,
+              sharded=False):
+    """(model to train, reference or None, tokenizer). sharded: both spread over all processes, see sharding.py.
 
     half: compute in bfloat16. Frozen weights are then stored in it as well, trained ones are not. With LoRA the reference
     is the model itself: use it inside `reference.disable_adapter()`.
     """
+    device = "cpu" if sharded else device  # whole it may not fit
     model, tokenizer = load_policy(folder, device, torch.bfloat16 if half and lora_rank else torch.float32)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -109,18 +113,19 @@ def trainable(folder, device="cpu", half=False, lora_rank=0, gradient_checkpoint
     torch.manual_seed(seed)
     if lora_rank:
         model = add_lora(model, lora_rank)
-    if half:
-        for one in (model, reference):
-            if one is not None:
-                compute_in_bfloat16(one)
+    for one in (model, reference):
+        if one is not None and sharded:
+            shard(one, half)
+        elif one is not None and half:
+            compute_in_bfloat16(one)
     return model, model if with_reference and lora_rank else reference, tokenizer
 
 
 def plain_state_dict(model):
     """The weights as plain transformers knows them, LoRA's additions merged in. `model` itself is left as it is, since
-    merging and unmerging in place would not give back the same bits."""
+    merging and unmerging in place would not give back the same bits. A sharded model: all processes must call it."""
     if not hasattr(model, "peft_config"):
-        return model.state_dict()
+        return whole(model.state_dict())
     base = model.get_base_model()
     state = {k.replace(".base_layer.", "."): v for k, v in base.state_dict().items() if ".lora_" not in k}
     for name, module in base.named_modules():
@@ -130,16 +135,16 @@ def plain_state_dict(model):
     return state
 
 
-def save_policy(folder, model, tokenizer, dtype=None, extras=None, **notes):
+def save_policy(folder, model, tokenizer, dtype=None, extras=None, state=None, **notes):
     """Write a Hugging Face folder atomically: a reader finds the old one or the new one, never half of it.
 
-    extras: called with the unfinished folder, to write more into it. Raises OSError, and then leaves no half folder.
+    extras: called with the unfinished folder, to write more into it. state: the weights, where they differ. Raises OSError, and then leaves no half folder.
     """
     partial = f"{folder.rstrip('/')}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         adapted = hasattr(model, "peft_config")
-        state = {k: v.to(dtype or v.dtype) for k, v in plain_state_dict(model).items()}
+        state = {k: v.to(dtype or v.dtype) for k, v in (state or plain_state_dict(model)).items()}
         (model.get_base_model() if adapted else model).save_pretrained(partial, state_dict=state)
         if adapted:
             model.save_pretrained(os.path.join(partial, "adapter"))

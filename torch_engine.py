@@ -2,6 +2,9 @@
 
 import torch
 
+from policy import plain_state_dict
+from sharding import load_weights
+
 
 class RaggedCache:
     """Keys and values of rows with different lengths, each row filled from the left without gaps.
@@ -59,7 +62,9 @@ class TorchEngine:
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def sync(self, model, tokenizer):
-        """Nothing to do: it samples from the very weights that are trained."""
+        """Sample from the model's present weights. Nothing to do where they are the very ones that are trained."""
+        if model is not self.model:
+            load_weights(self.model, plain_state_dict(model))
 
     def submit(self, row, tokens):
         self.submitted[row] = tokens

@@ -37,7 +37,7 @@ from curves import draw
 from env_pool import EnvPool
 from evaluate import evaluate, table
 from metrics import line_of, log, metrics_of, write_samples
-from policy import QUESTION, make_chat, trainable
+from policy import QUESTION, load_policy, make_chat, trainable
 from rollout import play
 from torch_engine import TorchEngine
 from update import advantages_of, make_batch, recompute_old_logprobs, reference_logprobs, teach_question, update
@@ -73,6 +73,7 @@ def parse_arguments():
     flag("--lora-rank", type=int, default=0, help="train low-rank additions of this rank (peft); 0 trains all weights")
     flag("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="of the matrix products; weights and "
          "their updates stay in float32, frozen weights under LoRA do not. auto: bfloat16 on a GPU")
+    flag("--shard", action="store_true", help="spread the weights over all processes (FSDP), where one GPU cannot hold the model")
     flag("--gradient-checkpointing", action="store_true", help="compute activations again instead of keeping them: less memory")
     flag("--show-actions", action="store_true", help="name the admissible commands in every observation")
     flag("--temperature", type=float, default=1.0, help="of sampling; the trainer scores with the same")
@@ -123,6 +124,10 @@ def parse_arguments():
         parser.error("--group-size must be at least 2: an advantage compares episodes of one game")
     if args.updates > args.tasks:
         parser.error(f"--updates {args.updates} leaves no whole group for each: at most --tasks {args.tasks}")
+    if args.shard and args.lora_rank:
+        parser.error("--shard and --lora-rank do not go together here: with LoRA one process holds the frozen weights whole")
+    if args.shard and args.classifier in ("generative", "both") and args.question_warmup:
+        parser.error("--shard with the generative classifier needs --question-warmup 0: the warm-up runs on one process")
     if args.lora_rank < 0:
         parser.error("--lora-rank must not be negative")
     if args.tis_clip <= 0:
@@ -141,6 +146,10 @@ def setup(args):
     args.eval_games = {"alfworld": 200, "scienceworld": 300}[args.env] if args.eval_games is None else args.eval_games
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # the others wait while one evaluates
     world = Accelerator(cpu=args.device == "cpu", kwargs_handlers=[patience])
+    if args.tensor_parallel > 1 and world.num_processes > 1:
+        raise ValueError("--tensor-parallel is for one process; of several processes, each has an engine of its own")
+    if args.shard and world.num_processes == 1:
+        raise ValueError("--shard spreads the weights over several processes: start them with torchrun or accelerate launch")
     if not world.is_main_process:
         sys.stdout = open(os.devnull, "w")  # one process speaks
     args.device = args.device if args.device != "auto" else str(world.device)
@@ -162,7 +171,7 @@ def setup(args):
           if world.num_processes > 1 else "") + "   (--engine, --device)")
     half = in_half(args)
     model, reference, tokenizer = trainable(folder, args.device, half, args.lora_rank, args.gradient_checkpointing,
-                                            args.kl_coef > 0, args.seed)
+                                            args.kl_coef > 0, args.seed, args.shard)
     chat, ours = make_chat(tokenizer, args.env, folder)
     args.max_new_tokens = args.max_new_tokens or (24 if ours else 512)
     args.max_context = args.max_context or (2048 if ours else 8192)
@@ -190,6 +199,8 @@ def in_half(args):
 
 def make_engine(args, model, chat, folder):
     if args.engine == "torch":
+        if args.shard:  # episodes are sampled from a whole copy: processes that play do not wait for one another
+            model = load_policy(folder, args.device, torch.bfloat16 if in_half(args) else torch.float32)[0]
         return TorchEngine(model, chat.eos, args.temperature, args.max_new_tokens)
     from vllm_engine import VLLMEngine
     return VLLMEngine(folder, chat.eos, args.temperature, args.max_new_tokens, args.max_context,
@@ -210,8 +221,8 @@ def main():
     with run["pool"]:
         try:
             os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
-            with run["world"].main_process_first():
-                done = load_checkpoint(args.out, run["model"], run["optimizer"], run["value_head"], args.device) if args.resume else 0
+            done = load_checkpoint(args.out, run["model"], run["optimizer"], run["value_head"], args.device,
+                                   run["world"].is_main_process) if args.resume else 0
             if done:
                 run["engine"].sync(run["model"], run["tokenizer"])
             if run["world"].is_main_process:
@@ -235,7 +246,7 @@ def train(args, run, done):
             log(args.out, board, 0, evaluation(args, run, [args.level], 0))
             if run["question"] and args.question_warmup:
                 introduce_question(args, run)
-        for parameter in [*model.parameters(), *(value_head.parameters() if value_head else [])]:
+        for parameter in [*(model.parameters() if not args.shard else []), *(value_head.parameters() if value_head else [])]:
             parameter.data.copy_(broadcast(parameter.data))  # all begin with the first process's weights
         run["engine"].sync(model, run["tokenizer"])
 
@@ -273,30 +284,30 @@ def train(args, run, done):
             # A loss or gradient that is not a number changes nothing; again and again, it is no accident.
             skipped_in_a_row = skipped_in_a_row + 1 if parts[-1]["skipped"] else 0
             if skipped_in_a_row == 3:
-                torch.save(batch, os.path.join(args.out, "bad_batch.pt"))
+                if world.is_main_process:
+                    torch.save(batch, os.path.join(args.out, "bad_batch.pt"))
                 sys.exit(f"train.py: three updates in a row had a loss or gradient that is not finite, and were skipped. The last "
                          f"batch is in {args.out}/bad_batch.pt; a lower --lr, or --precision float32, may help")
         run["engine"].sync(model, run["tokenizer"])
         updated = time.perf_counter()
 
-        if not world.is_main_process:
-            world.wait_for_everyone()
-            continue
-
-        # 4. Log: one line on the screen, everything in metrics.jsonl and TensorBoard.
-        row = {**metrics_of(episodes, parts), "groups_without_signal": no_signal, **({} if gap is None else {"engine_gap": gap}),
-               "bad_games": len(report["bad_games"]), "worker_restarts": run["pool"].restarts, "seconds_sample": report["sample"],
-               "seconds_env": report["env"], "seconds_play": played - clock, "seconds_update": updated - played}
-        left = (time.time() - begin) / (iteration - done) * (args.iterations - iteration)
-        print(f"{iteration:4d}/{args.iterations}  {line_of(row)}  {left / 60:.0f} min left", flush=True)
-        if iteration == args.iterations:
-            row |= evaluation(args, run, {"L0": ["L0", "L1"], "L1": ["L1", "L0"], "L2": ["L2"]}[args.level], iteration)
-        log(args.out, board, iteration, row)
+        # 4. Log: one line on the screen, everything in metrics.jsonl and TensorBoard. Then save: all have their share in it.
+        if world.is_main_process:
+            row = {**metrics_of(episodes, parts), "groups_without_signal": no_signal, **({} if gap is None else {"engine_gap": gap}),
+                   "bad_games": len(report["bad_games"]), "worker_restarts": run["pool"].restarts,
+                   "seconds_sample": report["sample"], "seconds_env": report["env"], "seconds_play": played - clock,
+                   "seconds_update": updated - played}
+            left = (time.time() - begin) / (iteration - done) * (args.iterations - iteration)
+            print(f"{iteration:4d}/{args.iterations}  {line_of(row)}  {left / 60:.0f} min left", flush=True)
+            if iteration == args.iterations:
+                row |= evaluation(args, run, {"L0": ["L0", "L1"], "L1": ["L1", "L0"], "L2": ["L2"]}[args.level], iteration)
+            log(args.out, board, iteration, row)
         if iteration % args.save_every == 0 or iteration == args.iterations:
-            write_samples(args.out, run["tokenizer"], episodes, iteration)
-            save_checkpoint(args.out, model, run["tokenizer"], optimizer, value_head, iteration,
+            save_checkpoint(args.out, model, run["tokenizer"], optimizer, value_head, iteration, write=world.is_main_process,
                             started_from=run["folder"], prompt=run["prompt"])
-            draw([args.out], os.path.join(args.out, "curves.png"))
+            if world.is_main_process:
+                write_samples(args.out, run["tokenizer"], episodes, iteration)
+                draw([args.out], os.path.join(args.out, "curves.png"))
         world.wait_for_everyone()
     if board:
         board.close()

@@ -15,6 +15,7 @@ import torch
 from classifier_loss import (BAD, GOOD, balanced_choice, class_weights, generative_loss, outcome_labels, pack_branches,
                              rule_labels, value_head_loss)
 from grpo import group_advantages, grpo_loss, token_weights, truncated_importance
+from sharding import is_sharded, through_root
 from token_logprobs import token_logprobs
 
 
@@ -77,15 +78,25 @@ def micro_batches(episodes, max_tokens):
     return batches
 
 
-def own_share(micro_batches, world):
-    """The micro-batches that this process computes; the longest come first, so that all get about the same work."""
-    return micro_batches if world is None else micro_batches[world.process_index::world.num_processes]
+def own_share(micro_batches, world, even=False):
+    """The micro-batches that this process computes; the longest come first, so that all get about the same work.
+
+    even: all get the same number, some a None at the end.
+    """
+    if world is None:
+        return micro_batches
+    mine, rounds = micro_batches[world.process_index::world.num_processes], -(-len(micro_batches) // world.num_processes)
+    return mine + [None] * (rounds - len(mine)) if even else mine
 
 
 def add_up(world, parameters, *tables):
-    """Sum gradients, and dictionaries of numbers, over all processes, through accelerate. In place; returns the tables."""
+    """Sum gradients, and dictionaries of numbers, over all processes, through accelerate. In place; returns the tables.
+
+    A sharded parameter's gradients have been summed on the way."""
     from accelerate.utils import gather_object
     for parameter in parameters:
+        if hasattr(parameter, "full_tensor"):
+            continue
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.grad = world.reduce(gradient, reduction="sum")
     gathered = gather_object([tables])
@@ -93,6 +104,21 @@ def add_up(world, parameters, *tables):
             for i in range(len(tables))]
 
 
+def clip_gradients(parameters, max_norm):
+    """As torch.nn.utils.clip_grad_norm_, where some of the parameters may be sharded and others not. Returns the norm."""
+    sharded = [p for p in parameters if hasattr(p, "full_tensor")]
+    if not sharded:
+        return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    rest = [p.grad for p in parameters if not hasattr(p, "full_tensor") and p.grad is not None]
+    parts = [torch.nn.utils.get_total_norm([p.grad for p in sharded]).full_tensor(), torch.nn.utils.get_total_norm(rest)]
+    norm = math.hypot(*map(float, parts))
+    for p in parameters:
+        if p.grad is not None and norm > max_norm:
+            p.grad.mul_(max_norm / (norm + 1e-6))
+    return norm
+
+
+@through_root
 def forward(model, episodes, temperature=1.0, branches=None, value_head=None):
     """One pass over a micro-batch.
 
@@ -147,8 +173,11 @@ def reference_logprobs(model, episodes, temperature, max_tokens, world=None):
     world: see `update`; None stands where another process will compute.
     """
     model.eval()
-    found = [None] * len(episodes)
-    for micro in own_share(micro_batches(episodes, max_tokens), world):
+    found, micros = [None] * len(episodes), micro_batches(episodes, max_tokens)
+    for micro in own_share(micros, world, is_sharded(model)):
+        if micro is None:  # sharded: the others wait for our share of the weights
+            forward(model, [episodes[i] for i in micros[-1]], temperature)
+            continue
         chosen = [episodes[i] for i in micro]
         logprobs = forward(model, chosen, temperature)["logprobs"].cpu()
         for i, part in zip(micro, logprobs.split([sum(e.sampled) for e in chosen])):
@@ -226,7 +255,11 @@ def update(model, value_head, optimizer, batch, question=None, clip=0.2, kl_coef
     def add(name, value):
         stats[name] = stats.get(name, 0.0) + value.item()
 
-    for micro in own_share(micro_batches(batch.episodes, max_tokens), world):
+    micros = micro_batches(batch.episodes, max_tokens)
+    for micro in own_share(micros, world, is_sharded(model)):
+        if micro is None:
+            (0.0 * forward(model, [batch.episodes[i] for i in micros[-1]], temperature)["logprobs"].sum()).backward()
+            continue
         episodes = [batch.episodes[i] for i in micro]
         device = next(model.parameters()).device
         cat = lambda parts: torch.cat([parts[i] for i in micro]).to(device)
@@ -263,7 +296,7 @@ def update(model, value_head, optimizer, batch, question=None, clip=0.2, kl_coef
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if world is not None:
         stats, right, seen = add_up(world, parameters, stats, right, seen)
-    stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    stats["grad_norm"] = clip_gradients(parameters, max_norm)
     finite = math.isfinite(stats["grad_norm"]) and math.isfinite(stats["loss"])
     if finite:
         optimizer.step()

@@ -31,7 +31,9 @@ class VLLMEngine:
         self.engine = LLMEngine.from_engine_args(EngineArgs(
             model=folder, skip_tokenizer_init=True, dtype=dtype, max_model_len=max_context, enable_prefix_caching=True,
             gpu_memory_utilization=memory, tensor_parallel_size=tensor_parallel, seed=seed,
-            logprobs_mode="processed_logprobs", disable_log_stats=True))
+            logprobs_mode="processed_logprobs", disable_log_stats=True,
+            # started by torchrun or accelerate: an engine for each process, on the GPU of that process
+            distributed_executor_backend="external_launcher" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None))
         self.scratch = tempfile.TemporaryDirectory(prefix="nano-gcd-weights-")  # gone with this object, or with the process
 
     def start(self, seed):

@@ -1,7 +1,12 @@
 """LoRA, half precision, chunked log-probabilities, importance weights, checkpoints that survive."""
 
 import copy
+import hashlib
+import http.server
 import os
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
@@ -11,6 +16,8 @@ from checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from grpo import grpo_loss, truncated_importance
 from token_logprobs import token_logprobs
 from update import advantages_of, make_batch, reference_logprobs, update
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @pytest.fixture
@@ -142,3 +149,62 @@ def test_a_damaged_checkpoint_is_passed_over(folder, episodes, tmp_path, capsys,
     assert "passing over checkpoint-000003" in capsys.readouterr().out
     assert all(torch.equal(wanted[n], p) for n, p in fresh.state_dict().items()) and optimizer.state
     assert open(os.path.join(out, "metrics.jsonl")).read() == '{"iteration": 1}\n{"iteration": 2}\n'
+
+
+HUB_CHILD = """
+import sys
+from policy import load_policy
+try:
+    model, tokenizer = load_policy("someone/tiny")
+    print("loaded", sum(p.double().sum().item() for p in model.parameters()), len(tokenizer))
+except FileNotFoundError as error:
+    print("line:", error)
+"""
+
+
+def test_an_interrupted_download_is_one_clear_line_and_the_next_run_completes_it(tmp_path):
+    """A hub of our own that hangs up in the middle of the weights, and later does not."""
+    up = {"for": 100_000}  # bytes of the weights' file that the hub sends before it hangs up
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_HEAD(self):
+            name = self.path.split("/resolve/main/")[-1]
+            path = os.path.join(ROOT, "policies", "tiny", name)
+            self.data = open(path, "rb").read() if os.path.isfile(path) and "/resolve/main/" in self.path else None
+            if self.data is None:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("X-Repo-Commit", "0" * 40)
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
+            begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+            self.send_response(206 if begin else 200)
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", hashlib.sha256(self.data).hexdigest())
+            self.send_header("Content-Length", str(len(self.data) - begin))
+            if begin:
+                self.send_header("Content-Range", f"bytes {begin}-{len(self.data) - 1}/{len(self.data)}")
+            self.end_headers()
+            self.data = self.data[begin:]
+
+        def do_GET(self):
+            self.do_HEAD()
+            if self.path.endswith("model.safetensors"):
+                self.data, self.close_connection = self.data[:up["for"]], True
+            self.wfile.write(self.data or b"")
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path),
+                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    load = lambda: subprocess.run([sys.executable, "-c", HUB_CHILD], cwd=ROOT, env=environment, text=True, capture_output=True)
+    torn = load()
+    assert "line: someone/tiny is not a checkpoint" in torn.stdout and "broke off, start again" in torn.stdout, torn.stderr
+    up["for"] = 10**9
+    done = load()
+    server.shutdown()
+    model, tokenizer = policy.load_policy(os.path.join(ROOT, "policies", "tiny"))
+    assert done.stdout.split()[-3:] == ["loaded", str(sum(p.double().sum().item() for p in model.parameters())), str(len(tokenizer))]

@@ -4,27 +4,34 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import policy
-from update import advantages_of, make_batch, update
+from update import advantages_of, make_batch, micro_batches, update
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CHILD = """
 import pickle, sys, torch
 sys.path.insert(0, sys.argv[2])
 from accelerate import Accelerator
+from sharding import shard, whole
 from update import update
 world = Accelerator(cpu=True)
 with open(sys.argv[1], "rb") as file:
     model, head, batch, question = pickle.load(file)
+if sys.argv[3] == "sharded":
+    shard(model)
+    assert all(p.to_local().numel() <= p.numel() // 2 for p in model.parameters())
 optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=1e-2)
-stats = update(model, head, optimizer, batch, question, kl_coef=0.0, classifier_coef=0.3, max_tokens=200, world=world)
+stats = update(model, head, optimizer, batch, question, kl_coef=0.0, classifier_coef=0.3, max_tokens=int(sys.argv[4]), world=world)
+weights = whole(model.state_dict())
 if world.process_index == 1:  # not the first: all must arrive at the same weights
-    torch.save((model.state_dict(), head.state_dict(), stats), sys.argv[1] + ".out")
+    torch.save((weights, head.state_dict(), stats), sys.argv[1] + ".out")
 """
 
 
@@ -34,21 +41,23 @@ def launch(*arguments, **keywords):
     return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **keywords)
 
 
-def test_two_processes_make_the_single_process_s_step(model, chat, episodes, tmp_path):
+@pytest.mark.parametrize("how", ["replicated", "sharded"])
+def test_two_processes_make_the_single_process_s_step(how, model, chat, episodes, tmp_path):
     """Micro-batches are shared out, weights and gradients are those of the whole batch; both classifier losses on."""
     from classifier_loss import BAD, GOOD
     encode = lambda text: chat.tokenizer.encode(text, add_special_tokens=False)
     question = (chat.next_prompt(policy.QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
     batch, head = make_batch(episodes, advantages_of(episodes)[0], questions_per_episode=2), torch.nn.Linear(32, 1)
+    size = next(n for n in range(200, 2000, 50) if len(micro_batches(batch.episodes, n)) in (3, 5))  # one process has more to do
     path = str(tmp_path / "work.pickle")
     with open(path, "wb") as file:
         pickle.dump((model, head, batch, question), file)
     alone, alone_head = copy.deepcopy(model), copy.deepcopy(head)
     optimizer = torch.optim.AdamW([*alone.parameters(), *alone_head.parameters()], lr=1e-2)
-    stats = update(alone, alone_head, optimizer, batch, question, kl_coef=0.0, classifier_coef=0.3, max_tokens=200)
+    stats = update(alone, alone_head, optimizer, batch, question, kl_coef=0.0, classifier_coef=0.3, max_tokens=size)
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    done = launch(str(script), path, ROOT)
+    done = launch(str(script), path, ROOT, how, str(size))
     assert done.returncode == 0, done.stderr[-2000:]
     weights, head_weights, theirs = torch.load(path + ".out")
     before = model.state_dict()
@@ -59,15 +68,31 @@ def test_two_processes_make_the_single_process_s_step(model, chat, episodes, tmp
     assert all(abs(stats[n] - theirs[n]) < 1e-4 for n in stats), (stats, theirs)
 
 
-def test_a_run_of_two_processes(tokenizer, tmp_path):
+def rows_of(out):
+    with open(os.path.join(out, "metrics.jsonl")) as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.mark.parametrize("how", [[], ["--shard"]])
+def test_a_run_of_two_processes(how, tokenizer, tmp_path):
     folder, out = str(tmp_path / "policy"), str(tmp_path / "run")
     model = policy.tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=0)
     policy.save_policy(folder, model, tokenizer, prompt="short")
-    done = launch("train.py", "--games", "generated", "--model", folder, "--out", out, "--iterations", "2", "--tasks", "4",
-                  "--group-size", "2", "--max-steps", "3", "--eval-games", "2", "--workers", "2", "--device", "cpu")
+    options = ["--games", "generated", "--model", folder, "--iterations", "2", "--tasks", "4", "--group-size", "2",
+               "--max-steps", "3", "--eval-games", "2", "--workers", "2", "--device", "cpu", "--save-every", "1", *how]
+    done = launch("train.py", "--out", out, *options)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     assert "2 processes" in done.stdout and done.stdout.count("output ") == 1
-    with open(os.path.join(out, "metrics.jsonl")) as file:
-        rows = [json.loads(line) for line in file]
+    rows = rows_of(out)
     assert [row["iteration"] for row in rows] == [0, 1, 2] and rows[1]["steps"] == 3.0
-    assert os.path.isdir(os.path.join(out, "checkpoint-000002"))
+    model, _ = policy.load_policy(os.path.join(out, "checkpoint-000002"))
+    with open(os.path.join(out, "checkpoint-000002", "config.json")) as file:
+        assert json.load(file)["architectures"] == ["Qwen2ForCausalLM"]
+    # killed after the first iteration, it goes on to the same numbers and weights
+    shutil.rmtree(os.path.join(out, "checkpoint-000002"))
+    done = launch("train.py", "--resume", out)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    timeless = lambda row: {k: v for k, v in row.items() if "seconds" not in k and "per_second" not in k}
+    assert list(map(timeless, rows_of(out))) == list(map(timeless, rows))
+    again, _ = policy.load_policy(os.path.join(out, "checkpoint-000002"))
+    assert all(torch.equal(w, again.state_dict()[n]) for n, w in model.state_dict().items())
