@@ -33,6 +33,24 @@ def slip(rng, receptacles, last, before, want, here):
     return [rng.choice(["look", "inventory"])]
 
 
+COLORS = ["red", "green", "blue", "orange", "yellow", "purple"]
+ROOMS = ["bathroom", "bedroom", "kitchen", "living room", "workshop", "art studio", "foundry", "hallway"]
+EGGS = ["butterfly", "giant tortoise", "blue jay", "dove", "turtle", "parrot", "crocodile", "frog", "chameleon"]
+
+
+def science_slip(rng, last, here):
+    """The same in ScienceWorld, where `here` is the room last teleported to."""
+    kind = rng.choice(["made up", "idle", "again", "wander"])
+    if kind == "again" and last and not last.startswith("focus"):  # which is the answer, and may be given once
+        return [last]
+    if kind == "wander" and here:
+        return [f"teleport to {rng.choice([room for room in ROOMS if room != here])}", f"teleport to {here}"]
+    if kind == "made up":
+        return [rng.choice([f"pick up {rng.choice(ROOMS)}", f"open {rng.choice(COLORS)} box", f"move {rng.choice(ROOMS)} to "
+                            f"{rng.choice(COLORS)} box"])]
+    return [rng.choice(["look around", "inventory"])]
+
+
 def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0):
     """Yields (game, turns, won) per game; turns are (observation, command, before, after).
 
@@ -51,7 +69,9 @@ def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0):
             """The expert's next command, and perhaps a slip before it."""
             place = here.get(slot)
             last = turns[slot][-1][1] if turns[slot] else None
-            slips = slip(rng, things(first[slot].text), last, now[slot], want, place) if rng.random() < sloppy else []
+            slips = []
+            if rng.random() < sloppy:
+                slips = science_slip(rng, last, place) if gold else slip(rng, things(first[slot].text), last, now[slot], want, place)
             queue[slot] = slips + [want]
 
         for slot, observation in now.items():
@@ -68,19 +88,14 @@ def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0):
                 if after.done or len(turns[slot]) >= max_steps:
                     del queue[slot]
                 elif not queue[slot]:  # the expert's own command: it sees what came of it
-                    if command.startswith("go to "):
-                        here[slot] = command.removeprefix("go to ")
+                    if command.startswith(("go to ", "teleport to ")):
+                        here[slot] = command.split(" to ", 1)[1]
                     try:
                         plan(slot, experts[slot].send(after.text))
                     except StopIteration:
                         del queue[slot]
         for slot, observation in now.items():
             yield chunk[slot], turns[slot], observation.won
-
-
-COLORS = ["red", "green", "blue", "orange", "yellow", "purple"]
-ROOMS = ["bathroom", "bedroom", "kitchen", "living room", "workshop", "art studio", "foundry", "hallway"]
-EGGS = ["butterfly", "giant tortoise", "blue jay", "dove", "turtle", "parrot", "crocodile", "frog", "chameleon"]
 
 
 def rename(rng, animals=True):

@@ -1,25 +1,51 @@
 """The careless expert, supervised training, and the question that a policy of ours must be taught."""
 
 import json
+import re
 
+import pytest
 import torch
 
 import envs
 from classifier_loss import BAD, GOOD
 from cold_start import cold_start
 from demonstrations import expert_episodes, play_expert, write_messages
-from policy import QUESTION, tiny_model
+from policy import QUESTION, tiny_model, train_tokenizer
+from rollout import SYSTEM, ChatFormat
 from update import make_batch, reference_logprobs, teach_question
 
 
-def test_careless_experts_still_win_and_their_slips_change_nothing_for_good(pool):
+@pytest.mark.parametrize("env", envs.ENVS)
+def test_careless_experts_still_win_and_their_slips_change_nothing_for_good(env, pool):
     games = [envs.generated_game("train", s) for s in range(20)]
+    if env == "scienceworld":
+        every = envs.level_games("scienceworld", "L2", "train", task_types=["short"])
+        games = [every[i] for i in range(0, len(every), 29)]
     careful = {g.name: len(turns) for g, turns, _ in play_expert(games, pool)}
     results = list(play_expert(games, pool, sloppy=0.6, seed=1))
     assert all(won for *_, won in results)
     assert sum(len(turns) for _, turns, _ in results) > 1.3 * sum(careful.values())
     again = list(play_expert(games, pool, sloppy=0.6, seed=1))
     assert [[t[1] for t in turns] for _, turns, _ in results] == [[t[1] for t in turns] for _, turns, _ in again]
+
+
+def test_copies_of_an_episode_name_other_boxes_rooms_and_animals_and_stay_true_to_themselves(pool):
+    games = [g for g in envs.list_games("scienceworld", "train", task_types=["find-animal"])][:3]
+    texts = [text for _, turns, _ in play_expert(games, pool) for observation, command, *_ in turns for text in (observation, command)]
+    chat = ChatFormat(train_tokenizer(texts), SYSTEM["scienceworld"])
+    episodes = expert_episodes(games, pool, chat, progress=False, copies=6)
+    assert len(episodes) == 18
+    asked = []
+    for episode in episodes:
+        text = chat.tokenizer.decode(episode.tokens)
+        box, room = re.search(r"move it to the (\w+) box in the ([a-z ]+)\.", text).groups()
+        commands = [step.action for step in episode.steps]
+        animal, = [re.sub("^(egg|baby) | egg$", "", c.removeprefix("focus on ")) for c in commands if c.startswith("focus")]
+        assert animal in text.split("<action>focus on")[0]
+        assert commands[-1].endswith(f" to {box} box") and f"teleport to {room}" in commands
+        assert f"{box} box (containing" in text and chat.tokenizer.decode(episode.tokens[episode.steps[-1].start:]).count(f"{box} box") == 1
+        asked.append((box, room, animal))
+    assert all(len(set(asked[i:i + 6])) >= 4 for i in (0, 6, 12)), asked
 
 
 def test_supervised_training_learns_the_experts_tokens_and_padding_does_not_count(tokenizer, chat, pool):
