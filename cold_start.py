@@ -3,10 +3,10 @@
     # the policy in the repository: first to see, then to act like a careless expert (27% of valid_unseen)
     python cold_start.py --out policies/first --games generated --episodes 24000 --epochs 3 --stop-step 750
     python cold_start.py --out policies/tiny --games generated --init policies/first --sloppy 0.5 --episodes 7000 --epochs 2 --lr 1.5e-3 --seed 1
-    # the one for ScienceWorld, from the simulator's solutions of training variations
-    python cold_start.py --out policies/first --env scienceworld --task-types short --copies 6 --epochs 4 --batch 16 --stop-step 450
-    python cold_start.py --out policies/tiny-scienceworld --env scienceworld --task-types short --init policies/first --copies 6 \
-        --epochs 2 --batch 16 --lr 1e-3 --seed 1
+    # the one for ScienceWorld, in the same two steps, from the simulator's solutions of training variations
+    python cold_start.py --out policies/reader --env scienceworld --task-types short --copies 40 --epochs 2
+    python cold_start.py --out policies/tiny-scienceworld --env scienceworld --task-types short --init policies/reader --sloppy 0.8 \
+        --max-steps 30 --copies 14 --epochs 1 --lr 1e-3 --seed 1
     # for language models: the same with --init FOLDER (at --lr 1e-5 --lm-coef 0 --batch 4), or a dataset for any trainer
     python cold_start.py --env alfworld --jsonl expert.jsonl --episodes 200
 

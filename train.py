@@ -84,8 +84,7 @@ def parse_arguments():
     flag("--tasks", type=int, default=16, help="games per iteration")
     flag("--group-size", type=int, default=8, help="episodes per game (G)")
     flag("--updates", type=int, default=2, help="optimizer steps per iteration, each on its share of the groups")
-    flag("--lr", type=float, help="peak learning rate of AdamW (default for our tiny policies 5e-4 in ALFWorld, 2e-4 in ScienceWorld; "
-         "1e-6 for others)")
+    flag("--lr", type=float, help="peak learning rate of AdamW (default 5e-4 for our tiny policies, 1e-6 for others)")
     flag("--warmup", type=int, default=3, help="iterations over which the rate rises: Adam's first steps are all noise")
     flag("--lr-end", type=float, default=0.0, help="the rate falls linearly to this share of its peak; 1 keeps it constant")
     flag("--clip", type=float, default=0.2, help="clip range of the ratio")
@@ -175,7 +174,7 @@ def setup(args):
     chat, ours = make_chat(tokenizer, args.env, folder)
     args.max_new_tokens = args.max_new_tokens or (24 if ours else 512)
     args.max_context = args.max_context or (2048 if ours else 8192)
-    args.lr = args.lr or ({"alfworld": 5e-4, "scienceworld": 2e-4}[args.env] if ours else 1e-6)
+    args.lr = args.lr or (5e-4 if ours else 1e-6)
     print(f"update  AdamW at {args.lr:g}, {args.updates} steps for {args.tasks} games x {args.group_size} episodes   (--lr, "
           "--updates, --tasks, --group-size)")
     print(f"loss    GRPO + {args.classifier_coef} * {args.classifier} classifier, labels by {args.labels}   (--classifier, "
