@@ -169,6 +169,17 @@ def bench_scienceworld(steps=15):
     for name, a, b, n in (("step", "stock", "here", done), ("reset", "stock reset", "here reset", len(tasks))):
         print(f"  {name:24} stock {1000 * seconds[a] / n:8.2f} ms   here {1000 * seconds[b] / n:8.2f} ms   "
               f"ratio {seconds[a] / seconds[b]:6.1f}")
+    worlds = [envs.make_world("scienceworld") for _ in range(128)]
+    clock = time.perf_counter()
+    for i, one in enumerate(worlds):
+        one.reset(games[i % len(games)])
+    print(f"  128 environments reset in {time.perf_counter() - clock:.1f} s", end="")
+    status = f"/proc/{world.machine.process.pid}/status"
+    if os.path.exists(status):  # Linux
+        with open(status) as file:
+            resident = next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+        print(f"; their Java machine then holds {resident / 1e3:.0f} MB", end="")
+    print()
 
 
 # ------------------------------------------------------------------------------------------- playing and updating
