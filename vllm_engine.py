@@ -13,7 +13,7 @@ engine's log-probabilities with the trainer's after each sync, and stops where t
 import os
 import tempfile
 
-from policy import save_policy
+from policy import plain_state_dict
 
 
 class VLLMEngine:
@@ -64,7 +64,8 @@ class VLLMEngine:
 
     def sync(self, model, tokenizer):
         """Sample from the model's present weights from now on."""
-        folder = os.path.join(self.scratch.name, "weights")
-        save_policy(folder, model, tokenizer)
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        from huggingface_hub import save_torch_state_dict
+        # Not save_pretrained: where several processes run, transformers lets the first alone write.
+        save_torch_state_dict(plain_state_dict(model), self.scratch.name)
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_path": self.scratch.name})
         self.engine.reset_prefix_cache()

@@ -65,11 +65,15 @@ def test_greedy_episodes_are_the_pytorch_engine_s(engine, pool):
     assert played[0] == played[1]
 
 
-def test_training_with_vllm(tmp_path):
+@pytest.mark.parametrize("start, options", [
+    (["train.py"], ["--lora-rank", "4"]),
+    (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"], ["--shard", "--device", "cpu"])])
+def test_training_with_vllm(start, options, tmp_path):
+    """Two processes: an engine for each; the whole weights are gathered for it from both."""
     out = str(tmp_path / "run")
-    done = subprocess.run([sys.executable, "train.py", "--games", "generated", "--engine", "vllm", "--engine-memory", "0.1",
+    done = subprocess.run([sys.executable, *start, "--games", "generated", "--engine", "vllm", "--engine-memory", "0.1",
                            "--iterations", "2", "--tasks", "2", "--group-size", "4", "--max-steps", "4", "--eval-games", "3",
-                           "--workers", "1", "--lora-rank", "4", "--out", out], cwd=ROOT, capture_output=True, text=True,
+                           "--workers", "2", "--out", out, *options], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     with open(os.path.join(out, "metrics.jsonl")) as file:
