@@ -13,6 +13,8 @@ engine's log-probabilities with the trainer's after each sync, and stops where t
 import os
 import tempfile
 
+import torch
+
 from policy import plain_state_dict
 
 
@@ -32,6 +34,9 @@ class VLLMEngine:
             model=folder, skip_tokenizer_init=True, dtype=dtype, max_model_len=max_context, enable_prefix_caching=True,
             gpu_memory_utilization=memory, tensor_parallel_size=tensor_parallel, seed=seed,
             logprobs_mode="processed_logprobs", disable_log_stats=True,
+            # vLLM 0.32 winds a request's random generator back after a part of its prompt, which CPU generators cannot
+            enable_chunked_prefill=torch.cuda.is_available(),
+            max_num_batched_tokens=None if torch.cuda.is_available() else max(8192, max_context),
             # started by torchrun or accelerate: an engine for each process, on the GPU of that process
             distributed_executor_backend="external_launcher" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None))
         self.scratch = tempfile.TemporaryDirectory(prefix="nano-gcd-weights-")  # gone with this object, or with the process

@@ -65,6 +65,17 @@ def test_greedy_episodes_are_the_pytorch_engine_s(engine, pool):
     assert played[0] == played[1]
 
 
+def test_more_prompts_than_one_pass_takes(engine):
+    """Seeded requests in parts made vLLM's CPU build end with `CPU Generator does not use offset`."""
+    engine.start(3)
+    for row in range(60):
+        engine.submit(row, list(range(10, 210)))
+    answered = []
+    while engine.waiting:
+        answered += [row for row, *_ in engine.poll()]
+    assert sorted(answered) == list(range(60))
+
+
 @pytest.mark.parametrize("start, options", [
     (["train.py"], ["--lora-rank", "4"]),
     (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"], ["--shard", "--device", "cpu"])])
