@@ -161,6 +161,7 @@ class ScienceWorld:
         random numbers. Here they come from another generator, so that looking at the list does not change the game.
         """
         self._enter()
+        self.machine.spare_generator.setSeed(0)  # some objects are named by one of several names: always by the same
         self.machine.random_field.set(self.machine.random, self.machine.spare_generator)
         found = json.loads(self.server.getValidActionObjectCombinationsJSON())
         self.machine.random_field.set(self.machine.random, self.generator)
