@@ -46,7 +46,7 @@ HELD_OUT = (  # level L2 of ScienceWorld: never trained ...
     "identify-life-stages-2", "inclined-plane-friction-unnamed-surfaces", "lifespan-longest-lived-then-shortest-lived",
     "measure-melting-point-unknown-substance", "mendelian-genetics-unknown-plant", "test-conductivity-of-unknown-substances")
 NEITHER = ("use-thermometer",)  # ... and this one neither trained nor tested there
-# Tasks with solutions of five to ten steps, which a policy of a million parameters can learn; the last two are held out.
+# Tasks with solutions of three to seven steps, which a policy of a million parameters can learn; the last two are held out.
 SHORT = ("find-animal", "find-living-thing", "find-non-living-thing", "lifespan-longest-lived", "lifespan-shortest-lived",
          "find-plant", "lifespan-longest-lived-then-shortest-lived")
 

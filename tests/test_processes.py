@@ -27,7 +27,7 @@ with open(sys.argv[1], "rb") as file:
 if sys.argv[3] == "sharded":
     shard(model)
     assert all(p.to_local().numel() <= p.numel() // 2 for p in model.parameters())
-optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=1e-2)
+optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=1.0)  # Adam would hide a wrong scale
 stats = update(model, head, optimizer, batch, question, kl_coef=0.0, classifier_coef=0.3, max_tokens=int(sys.argv[4]), world=world)
 weights = whole(model.state_dict())
 if world.process_index == 1:  # not the first: all must arrive at the same weights
@@ -53,7 +53,7 @@ def test_two_processes_make_the_single_process_s_step(how, model, chat, episodes
     with open(path, "wb") as file:
         pickle.dump((model, head, batch, question), file)
     alone, alone_head = copy.deepcopy(model), copy.deepcopy(head)
-    optimizer = torch.optim.AdamW([*alone.parameters(), *alone_head.parameters()], lr=1e-2)
+    optimizer = torch.optim.SGD([*alone.parameters(), *alone_head.parameters()], lr=1.0)
     stats = update(alone, alone_head, optimizer, batch, question, kl_coef=0.0, classifier_coef=0.3, max_tokens=size)
     script = tmp_path / "child.py"
     script.write_text(CHILD)
@@ -61,6 +61,7 @@ def test_two_processes_make_the_single_process_s_step(how, model, chat, episodes
     assert done.returncode == 0, done.stderr[-2000:]
     weights, head_weights, theirs = torch.load(path + ".out")
     before = model.state_dict()
+    assert stats["grad_norm"] > 1.0  # so it was clipped
     assert any(not torch.equal(before[n], w) for n, w in weights.items())
     for mine, other in ((alone.state_dict(), weights), (alone_head.state_dict(), head_weights)):
         assert all(torch.allclose(mine[n], other[n], atol=1e-5) for n in mine)
