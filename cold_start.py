@@ -23,13 +23,13 @@ import time
 import torch
 from tqdm import tqdm
 
-import envs
-from demonstrations import expert_episodes, play_expert, write_messages
-from env_pool import EnvPool
-from expert import FITS
-from policy import QUESTION, SHIPPED, VERDICTS, load_policy, make_chat, save_policy, tiny_model, train_tokenizer
-from rollout import NO_ACTION, SYSTEM, SYSTEM_INSTRUCT, ChatFormat
-from token_logprobs import token_logprobs
+from games import levels
+from support.demonstrations import expert_episodes, play_expert, write_messages
+from games.pool import EnvPool
+from games.experts import FITS
+from support.policies import SHIPPED, load_policy, make_chat, save_policy, tiny_model, train_tokenizer
+from rollout import NO_ACTION, QUESTION, VERDICTS, SYSTEM, SYSTEM_INSTRUCT, ChatFormat
+from actor import token_logprobs
 
 
 def tokenizer_texts(games, pool):
@@ -119,7 +119,7 @@ def make_cold_start(args, games, pool):
     folder = os.path.join(here, "policies", f"{name}-seed{args.seed}")
     if os.path.isdir(folder):
         return os.path.relpath(folder)
-    chosen = envs.sample_games(games, count or 400, args.seed)
+    chosen = levels.sample_games(games, count or 400, args.seed)
     if count and args.games == "official" and may_use:
         (model, tokenizer), lr = load_policy(shipped), 1e-3
     else:
@@ -137,9 +137,9 @@ def make_cold_start(args, games, pool):
 def main():
     parser = argparse.ArgumentParser(description="Supervised cold start of the tiny policy on expert episodes.")
     parser.add_argument("--out", default="policies/new", help="folder to write (a Hugging Face checkpoint)")
-    parser.add_argument("--env", default="alfworld", choices=envs.ENVS)
+    parser.add_argument("--env", default="alfworld", choices=levels.ENVS)
     parser.add_argument("--games", default="auto", choices=["auto", "official", "generated"], help="ALFWorld's")
-    parser.add_argument("--level", default="L1", choices=envs.LEVELS, help="L2 leaves out the task types that it tests")
+    parser.add_argument("--level", default="L1", choices=levels.LEVELS, help="L2 leaves out the task types that it tests")
     parser.add_argument("--task-types", nargs="+", help="these only; ScienceWorld: `short` for those of the default run")
     parser.add_argument("--episodes", type=int, default=3000, help="training games that the expert plays")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the episodes")
@@ -159,13 +159,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
-        args.games = envs.choose_games(args.games, args.env)
-        games = envs.level_games(args.env, args.level, "train", args.games, args.task_types)
-        games = envs.sample_games(games, args.episodes, args.seed)
+        args.games = levels.choose_games(args.games, args.env)
+        games = levels.level_games(args.env, args.level, "train", args.games, args.task_types)
+        games = levels.sample_games(games, args.episodes, args.seed)
         model, tokenizer = load_policy(args.init, args.device) if args.init else (None, None)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    args.max_steps = args.max_steps or envs.max_steps(args.games, args.task_types)
+    args.max_steps = args.max_steps or levels.max_steps(args.games, args.task_types)
     begin = time.time()
     with EnvPool(args.workers) as pool:
         if args.jsonl:

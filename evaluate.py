@@ -19,14 +19,14 @@ import argparse
 import json
 import math
 import os
-import random
 import sys
 from collections import defaultdict
 
-import envs
-from env_pool import EnvPool
+from games import levels
+from games.players import play_expert, random_agent
+from games.pool import EnvPool
 from rollout import FLAWS, Episode, Step, flaw_rates, judge, play
-from torch_engine import TorchEngine
+from engines.torch_engine import TorchEngine
 
 NORMAL = 1.959964  # 97.5% quantile
 
@@ -135,29 +135,8 @@ def evaluate(engine, pool, chat, games, max_steps=20, seed=0, batch=128, max_con
     return {**summarize(episodes), "bad_games": bad}, episodes
 
 
-def random_agent(games, pool, max_steps, seed=0, batch=64):
-    """Yields (game, turns, won) as `play_expert` does: any admissible command, each as likely as the others."""
-    for begin in range(0, len(games), batch):
-        chunk = [games[i] for i in range(begin, min(begin + batch, len(games)))]
-        first = pool.reset(chunk)
-        now = {s: o for s, o in enumerate(first) if not isinstance(o, Exception)}
-        turns, running = {s: [] for s in now}, list(now)
-        generators = {s: random.Random(f"{seed} {chunk[s].name}") for s in now}  # whatever batch or worker it is in
-        for _ in range(max_steps):
-            chosen = [(s, generators[s].choice(c)) for s, c in zip(running, pool.admissible(running))]
-            for (s, command), after in zip(chosen, pool.step(chosen)):
-                turns[s].append((now[s].text, command, now[s], after))
-                now[s] = after
-            running = [s for s in running if not now[s].done]
-            if not running:
-                break
-        for s in now:
-            yield chunk[s], turns[s], now[s].won
-
-
 def reference_result(agent, games, pool, max_steps, seed=0):
     """The expert's or the random agent's result, in the same form as a model's."""
-    from demonstrations import play_expert
     player = play_expert(games, pool, max_steps) if agent == "expert" else random_agent(games, pool, max_steps, seed)
     episodes = []
     for game, turns, won in player:
@@ -212,10 +191,10 @@ def main():
     parser = argparse.ArgumentParser(description="Evaluate an agent: every game of a level or split once.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--agent", default="model", choices=["model", "expert", "random"], help="who plays")
-    parser.add_argument("--env", default="alfworld", choices=envs.ENVS)
+    parser.add_argument("--env", default="alfworld", choices=levels.ENVS)
     parser.add_argument("--model", help="Hugging Face folder or hub name (default: the tiny policy of the environment)")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two checkpoints, or two results saved with --json")
-    parser.add_argument("--level", default="L1", choices=envs.LEVELS, help="what is tested: see envs.py")
+    parser.add_argument("--level", default="L1", choices=levels.LEVELS, help="what is tested: see games/levels.py")
     parser.add_argument("--split", help="instead of a level: train, valid_seen, valid_unseen (ALFWorld), train, dev, test")
     parser.add_argument("--games", default="auto", choices=["auto", "official", "generated"], help="ALFWorld's")
     parser.add_argument("--task-types", nargs="+", help="these only: ALFWorld 1-6, ScienceWorld's names or `short` (default: "
@@ -251,17 +230,17 @@ def main():
 def run(args, folder):
     import torch
 
-    from policy import SHIPPED, load_policy, make_chat, notes_of
+    from support.policies import SHIPPED, load_policy, make_chat, notes_of
     folder = folder or os.path.join(os.path.dirname(os.path.abspath(__file__)), "policies", SHIPPED[args.env])
-    kind = envs.choose_games(args.games, args.env)
+    kind = levels.choose_games(args.games, args.env)
     ours = args.agent == "model" and notes_of(folder).get("prompt") == "short"
     types = args.task_types or (["short"] if ours and args.env == "scienceworld" else None)
     quiet = lambda line: print(line, file=sys.stderr)
     if args.split:
-        games = envs.list_games(args.env, args.split, args.games, envs.SHORT if types == ["short"] else types, args.count, quiet)
+        games = levels.list_games(args.env, args.split, args.games, levels.SHORT if types == ["short"] else types, args.count, quiet)
     else:
-        games = envs.level_games(args.env, args.level, "test", args.games, types, args.count, quiet)
-    steps = args.max_steps or envs.max_steps(kind, types)
+        games = levels.level_games(args.env, args.level, "test", args.games, types, args.count, quiet)
+    steps = args.max_steps or levels.max_steps(kind, types)
     about = {"agent": args.agent, "model": folder if args.agent == "model" else None, "env": args.env, "games_from": kind,
              "level": None if args.split else args.level, "split": args.split, "max_steps": steps,
              "temperature": args.temperature, "seed": args.seed}

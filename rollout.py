@@ -1,4 +1,4 @@
-"""Agents playing episodes: `Step`, `Episode`, the chat format, and `play`. Who samples: torch_engine.py, vllm_engine.py.
+"""Agents playing episodes: `Step`, `Episode`, the chat format, and `play`. Who samples: engines/.
 
 An episode is ONE token sequence, the whole conversation: system prompt, observation, action, observation, ...
 Tokens are *given* (prompt, observations) or *sampled* (the model's answers). The mask that tells them apart is made
@@ -34,6 +34,8 @@ SYSTEM_INSTRUCT = {  # for models that were not cold-started on the short one; `
         "dunk {o} in {o} | mix {o} | use {o} on {o} | activate {o} | deactivate {o} | connect {o} to {o} | "
         "disconnect {o} | read {o} | eat {o} | flush {o} | focus on {o} | inventory | wait | wait1. Focus only on what "
         "the task names: focusing on anything else ends it.")}
+QUESTION = "good or bad?"  # the generative classifier's, after an action
+VERDICTS = ("bad", "good")  # by label: 0 bad, 1 good
 NO_ACTION = "No action found."  # the observation after an answer without <action>...</action>
 FLAWS = ("malformed", "inadmissible", "no_effect", "repeated", "revisited")
 
@@ -160,7 +162,7 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
 
     Args:
         engine: has `start`, `submit` and `poll`, as TorchEngine.
-        pool: an `env_pool.EnvPool`.
+        pool: a `games.pool.EnvPool`.
         games: list of Game. A game that cannot be played is left out (its group with it).
         max_context: an episode that would outgrow this many tokens ends there, flagged `truncated`.
         show_actions: name the admissible commands in every observation.

@@ -29,17 +29,17 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
-import envs
-from checkpoint import checkpoints, load_checkpoint, save_checkpoint, write_atomically
+from games import levels
+from support.checkpoints import checkpoints, load_checkpoint, save_checkpoint, write_atomically
 from classifier_loss import BAD, GOOD
 from cold_start import make_cold_start
-from curves import draw
-from env_pool import EnvPool
+from support.curves import draw
+from games.pool import EnvPool
 from evaluate import evaluate, table
-from metrics import line_of, log, metrics_of, write_samples
-from policy import QUESTION, load_policy, make_chat, trainable
-from rollout import play
-from torch_engine import TorchEngine
+from support.logs import line_of, log, metrics_of, write_samples
+from rollout import QUESTION, play
+from support.policies import load_policy, make_chat, sync, trainable
+from engines.torch_engine import TorchEngine
 from update import advantages_of, make_batch, recompute_old_logprobs, reference_logprobs, teach_question, update
 
 
@@ -48,8 +48,8 @@ def parse_arguments():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     # what is played
-    flag("--env", default="alfworld", choices=envs.ENVS, help="which text game")
-    flag("--level", default="L1", choices=envs.LEVELS, help="what is trained and tested: see envs.py")
+    flag("--env", default="alfworld", choices=levels.ENVS, help="which text game")
+    flag("--level", default="L1", choices=levels.LEVELS, help="what is trained and tested: see games/levels.py")
     flag("--games", default="auto", choices=["auto", "official", "generated"],
          help="ALFWorld's; auto: official where their data is found")
     flag("--task-types", nargs="+", help="train on these only: ALFWorld 1-6, ScienceWorld's names, or `short` (its default "
@@ -138,10 +138,10 @@ def parse_arguments():
 
 def setup(args):
     """Resolve what is automatic, say so, and build everything. Returns the pieces in a dictionary."""
-    args.games = envs.choose_games("auto" if args.games == "simulator" else args.games, args.env)
+    args.games = levels.choose_games("auto" if args.games == "simulator" else args.games, args.env)
     if args.env == "scienceworld" and not args.task_types and args.model == "tiny":
         args.task_types = ["short"]
-    args.max_steps = args.max_steps or envs.max_steps(args.games, args.task_types)
+    args.max_steps = args.max_steps or levels.max_steps(args.games, args.task_types)
     args.eval_games = {"alfworld": 200, "scienceworld": 300}[args.env] if args.eval_games is None else args.eval_games
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # the others wait while one evaluates
     world = Accelerator(cpu=args.device == "cpu", kwargs_handlers=[patience])
@@ -159,7 +159,7 @@ def setup(args):
         args.engine = "vllm" if there and args.device.startswith("cuda") else "torch"
     args.out = args.out or f"runs/{args.env}-{args.classifier}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     args.out = broadcast_object_list([args.out])[0]  # the clocks of several processes differ
-    games = envs.level_games(args.env, args.level, "train", args.games, args.task_types)
+    games = levels.level_games(args.env, args.level, "train", args.games, args.task_types)
     print(f"games   {args.games}, level {args.level}, {len(games):,} for training, at most {args.max_steps} steps   (--games, "
           "--level, --max-steps" + (f"; tasks {' '.join(args.task_types)}: --task-types)" if args.task_types else ")"))
     pool = EnvPool(max(1, args.workers // world.num_processes))
@@ -201,7 +201,7 @@ def make_engine(args, model, chat, folder):
         if args.shard:  # episodes are sampled from a whole copy: processes that play do not wait for one another
             model = load_policy(folder, args.device, torch.bfloat16 if in_half(args) else torch.float32)[0]
         return TorchEngine(model, chat.eos, args.temperature, args.max_new_tokens)
-    from vllm_engine import VLLMEngine
+    from engines.vllm_engine import VLLMEngine
     return VLLMEngine(folder, chat.eos, args.temperature, args.max_new_tokens, args.max_context,
                       "bfloat16" if in_half(args) else "float32", args.engine_memory, args.tensor_parallel, args.seed)
 
@@ -223,7 +223,7 @@ def main():
             done = load_checkpoint(args.out, run["model"], run["optimizer"], run["value_head"], args.device,
                                    run["world"].is_main_process) if args.resume else 0
             if done:
-                run["engine"].sync(run["model"], run["tokenizer"])
+                sync(run["engine"], run["model"])
             if run["world"].is_main_process:
                 write_atomically(os.path.join(args.out, "config.json"),
                                  json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1))
@@ -247,7 +247,7 @@ def train(args, run, done):
                 introduce_question(args, run)
         for parameter in [*(model.parameters() if not args.shard else []), *(value_head.parameters() if value_head else [])]:
             parameter.data.copy_(broadcast(parameter.data))  # all begin with the first process's weights
-        run["engine"].sync(model, run["tokenizer"])
+        sync(run["engine"], run["model"])
 
     for iteration in range(done + 1, args.iterations + 1):
         seed = args.seed * 1_000_003 + iteration
@@ -255,7 +255,7 @@ def train(args, run, done):
 
         # 1. Rollout: whole groups of episodes, one game each. Each process plays its share; then all have all.
         rank, processes = world.process_index, world.num_processes
-        games = envs.sample_games(run["games"], args.tasks, seed)[rank::processes]
+        games = levels.sample_games(run["games"], args.tasks, seed)[rank::processes]
         episodes, report = rollout(args, run, games, seed + 500_009 * rank)
         for episode in episodes:
             episode.group = episode.group * processes + rank
@@ -287,7 +287,7 @@ def train(args, run, done):
                     torch.save(batch, os.path.join(args.out, "bad_batch.pt"))
                 sys.exit(f"train.py: three updates in a row had a loss or gradient that is not finite, and were skipped. The last "
                          f"batch is in {args.out}/bad_batch.pt; a lower --lr, or --precision float32, may help")
-        run["engine"].sync(model, run["tokenizer"])
+        sync(run["engine"], run["model"])
         updated = time.perf_counter()
 
         # 4. Log: one line on the screen, everything in metrics.jsonl and TensorBoard. Then save: all have their share in it.
@@ -327,7 +327,7 @@ def rollout(args, run, games, seed):
         print(f"vLLM failed ({type(error).__name__}: {error}): restarting it", flush=True)
         run["engine_restarts"] = 1
         run["engine"] = make_engine(args, run["model"], run["chat"], run["folder"])
-        run["engine"].sync(run["model"], run["tokenizer"])
+        sync(run["engine"], run["model"])
         return again()
 
 
@@ -360,7 +360,7 @@ def make_batches(args, run, episodes, seed):
 
 def introduce_question(args, run):
     """Teach the question on one round of the policy's own episodes, with an optimizer that is thrown away."""
-    games = envs.sample_games(run["games"], args.tasks, args.seed * 1_000_003)
+    games = levels.sample_games(run["games"], args.tasks, args.seed * 1_000_003)
     episodes, _ = play(run["engine"], run["pool"], run["chat"], games, args.group_size, args.max_steps, args.max_context,
                        args.seed * 1_000_003, args.show_actions)
     optimizer = torch.optim.AdamW(run["model"].parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -373,7 +373,7 @@ def evaluation(args, run, levels, iteration):
     """Play the levels' test games with the current policy, print the tables; {"eval_L1": {...}}."""
     found = {}
     for level in levels if args.eval_games else []:
-        games = envs.level_games(args.env, level, "test", args.games, args.task_types, args.eval_games)
+        games = levels.level_games(args.env, level, "test", args.games, args.task_types, args.eval_games)
         found[f"eval_{level}"], _ = evaluate(run["engine"], run["pool"], run["chat"], games, args.max_steps,
                                              max_context=args.max_context, show_actions=args.show_actions)
         print(f"\n{level} ({games[0].split}) after {iteration} iterations\n{table(found[f'eval_{level}'])}\n", flush=True)

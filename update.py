@@ -15,8 +15,8 @@ import torch
 from classifier_loss import (BAD, GOOD, balanced_choice, class_weights, generative_loss, outcome_labels, pack_branches,
                              rule_labels, value_head_loss)
 from grpo import group_advantages, grpo_loss, token_weights, truncated_importance
-from sharding import is_sharded, through_root
-from token_logprobs import token_logprobs
+from support.processes import is_sharded, through_root
+from actor import token_logprobs
 
 
 @dataclass

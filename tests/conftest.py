@@ -9,11 +9,11 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
-import policy  # noqa: E402
-import envs  # noqa: E402
-from env_pool import EnvPool  # noqa: E402
+from support import policies  # noqa: E402
+from games import levels  # noqa: E402
+from games.pool import EnvPool  # noqa: E402
 import rollout  # noqa: E402
-import torch_engine  # noqa: E402
+from engines import torch_engine  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -22,14 +22,14 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    texts = [rollout.SYSTEM["alfworld"], policy.QUESTION, "good", "bad", "assistant\n", "user\n", "system\n",
+    texts = [rollout.SYSTEM["alfworld"], rollout.QUESTION, "good", "bad", "assistant\n", "user\n", "system\n",
              "go to cabinet 1", "You arrive at cabinet 1. On the cabinet 1, you see a mug 1, and a plate 2."] * 10
-    return policy.train_tokenizer(texts, vocab_size=400)
+    return policies.train_tokenizer(texts, vocab_size=400)
 
 
 @pytest.fixture
 def model(tokenizer):
-    model = policy.tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=1)
+    model = policies.tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=1)
     with torch.no_grad():  # larger weights than at initialisation, so that wrong logits differ visibly
         for p in model.parameters():
             p.mul_(3.0 if p.dim() > 1 else 1.0)
@@ -50,7 +50,7 @@ def pool():
 @pytest.fixture
 def episodes(model, tokenizer, chat, pool):
     """Six episodes in three groups of a random policy on real games, with rewards and flaws set by hand."""
-    games = [envs.generated_game("train", seed) for seed in range(3)]
+    games = [levels.generated_game("train", seed) for seed in range(3)]
     engine = torch_engine.TorchEngine(model, chat.eos, max_new_tokens=6)
     played, _ = rollout.play(engine, pool, chat, games, group_size=2, max_steps=3, seed=0)
     for i, episode in enumerate(played):

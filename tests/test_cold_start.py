@@ -6,20 +6,21 @@ import re
 import pytest
 import torch
 
-import envs
+from games import levels
 from classifier_loss import BAD, GOOD
 from cold_start import cold_start
-from demonstrations import expert_episodes, play_expert, write_messages
-from policy import QUESTION, tiny_model, train_tokenizer
+from support.demonstrations import expert_episodes, play_expert, write_messages
+from rollout import QUESTION
+from support.policies import tiny_model, train_tokenizer
 from rollout import SYSTEM, ChatFormat
 from update import make_batch, reference_logprobs, teach_question
 
 
-@pytest.mark.parametrize("env", envs.ENVS)
+@pytest.mark.parametrize("env", levels.ENVS)
 def test_careless_experts_still_win_and_their_slips_change_nothing_for_good(env, pool):
-    games = [envs.generated_game("train", s) for s in range(20)]
+    games = [levels.generated_game("train", s) for s in range(20)]
     if env == "scienceworld":
-        every = envs.level_games("scienceworld", "L2", "train", task_types=["short"])
+        every = levels.level_games("scienceworld", "L2", "train", task_types=["short"])
         games = [every[i] for i in range(0, len(every), 29)]
     careful = {g.name: len(turns) for g, turns, _ in play_expert(games, pool)}
     results = list(play_expert(games, pool, sloppy=0.6, seed=1))
@@ -30,7 +31,7 @@ def test_careless_experts_still_win_and_their_slips_change_nothing_for_good(env,
 
 
 def test_copies_of_an_episode_name_other_boxes_rooms_and_animals_and_stay_true_to_themselves(pool):
-    games = [g for g in envs.list_games("scienceworld", "train", task_types=["find-animal"])][:3]
+    games = [g for g in levels.list_games("scienceworld", "train", task_types=["find-animal"])][:3]
     texts = [text for _, turns, _ in play_expert(games, pool) for observation, command, *_ in turns for text in (observation, command)]
     chat = ChatFormat(train_tokenizer(texts), SYSTEM["scienceworld"])
     episodes = expert_episodes(games, pool, chat, progress=False, copies=6)
@@ -49,7 +50,7 @@ def test_copies_of_an_episode_name_other_boxes_rooms_and_animals_and_stay_true_t
 
 
 def test_supervised_training_learns_the_experts_tokens_and_padding_does_not_count(tokenizer, chat, pool):
-    games = [envs.generated_game("train", s) for s in range(8)]
+    games = [levels.generated_game("train", s) for s in range(8)]
     episodes = expert_episodes(games, pool, chat, progress=False)
     model = tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=0)
 
@@ -82,7 +83,7 @@ def test_teaching_the_question_leaves_the_actions_alone(model, chat, episodes):
 def test_the_chat_dataset_is_what_other_trainers_read(pool, tmp_path):
     """A line an episode, roles in turn; rendered by a chat template it is what our own episodes are made of."""
     path = str(tmp_path / "expert.jsonl")
-    games = [envs.generated_game("train", s) for s in range(3)]
+    games = [levels.generated_game("train", s) for s in range(3)]
     assert write_messages(games, pool, "SYSTEM", path) == 3
     lines = [json.loads(line) for line in open(path)]
     for game, line in zip(games, lines):

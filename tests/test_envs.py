@@ -9,23 +9,25 @@ from collections import defaultdict
 
 import pytest
 
-import bench
-import envs
-import houses
-from demonstrations import play_expert
-from env_pool import EnvPool
+from support import bench
+from games import levels
+from games.game import Observation, BadGame
+from games.pool import make_world
+from games import houses
+from support.demonstrations import play_expert
+from games.pool import EnvPool
 from rollout import Step, judge
 
-OFFICIAL = envs.official_folder()
+OFFICIAL = levels.official_folder()
 
 
 def test_every_generated_game_is_won_by_the_expert(pool):
     """Hundreds of seeds per split; all six task types occur; the expert needs fewer than 20 steps mostly."""
     for split, count in (("train", 150), ("valid_seen", 100), ("valid_unseen", 150)):
-        games = envs.list_games("alfworld", split, "generated", count=count)
+        games = levels.list_games("alfworld", split, "generated", count=count)
         results = list(play_expert(games, pool))
         assert len(results) == count and all(won for *_, won in results)
-        assert {game.task_type for game, *_ in results} == set(envs.TASK_TYPES)
+        assert {game.task_type for game, *_ in results} == set(levels.TASK_TYPES)
         assert sum(len(turns) <= 20 for _, turns, _ in results) >= 0.98 * count
 
 
@@ -63,7 +65,7 @@ def test_splits_use_different_houses():
 
 
 def replay(games, processes=2):
-    world = envs.make_world("alfworld")
+    world = make_world("alfworld")
     played = [bench.record(game, world, seed=i) for i, game in enumerate(games)]
     stock, _, _ = bench.stock_replay([(bench.game_data(g), c) for g, (c, *_) in zip(games, played)], processes)
     for game, (commands, ours, _), theirs in zip(games, played, stock):
@@ -74,13 +76,13 @@ def replay(games, processes=2):
 
 def test_generated_games_play_as_in_stock_alfworld():
     """Raw observation, admissible commands and success, byte for byte, expert play and random play."""
-    replay([envs.generated_game("valid_unseen", seed) for seed in range(12)])
+    replay([levels.generated_game("valid_unseen", seed) for seed in range(12)])
 
 
 @pytest.mark.skipif(not OFFICIAL, reason="needs the official ALFWorld games (set ALFWORLD_DATA)")
 def test_official_games_play_as_in_stock_alfworld(request):
     """All 274 validation games with --all-games, every 25th otherwise (stock ALFWorld takes seconds for each)."""
-    games = envs.list_games("alfworld", "valid_seen", "official") + envs.list_games("alfworld", "valid_unseen", "official")
+    games = levels.list_games("alfworld", "valid_seen", "official") + levels.list_games("alfworld", "valid_unseen", "official")
     assert len(games) == 274 and games == sorted(games[:140]) + sorted(games[140:])
     replay(games if request.config.getoption("--all-games") else games[::25])
 
@@ -88,15 +90,15 @@ def test_official_games_play_as_in_stock_alfworld(request):
 @pytest.mark.skipif(not OFFICIAL, reason="needs the official ALFWorld games (set ALFWORLD_DATA)")
 def test_expert_on_official_pick_two(pool):
     """ALFWorld's hand-coded expert wins a quarter of these."""
-    games = envs.list_games("alfworld", "valid_seen", "official", task_types=[6])
+    games = levels.list_games("alfworld", "valid_seen", "official", task_types=[6])
     won = [won for *_, won in play_expert(games, pool)]
     assert len(won) == 24 and sum(won) / len(won) > 0.75
 
 
 def test_a_game_again_after_another_is_the_same(pool):
     """Loading is skipped when the game is loaded already; that must never mean the wrong game."""
-    a, b = envs.generated_game("train", 0), envs.generated_game("train", 1)
-    world = envs.make_world("alfworld")
+    a, b = levels.generated_game("train", 0), levels.generated_game("train", 1)
+    world = make_world("alfworld")
     first = world.reset(a)
     world.step(first.admissible[0])
     assert world.reset(a) == first
@@ -106,8 +108,8 @@ def test_a_game_again_after_another_is_the_same(pool):
 
 def test_flaws_in_a_real_game():
     """A scripted episode with one of each flaw."""
-    world = envs.make_world("alfworld")
-    now = world.reset(envs.generated_game("train", 0))  # bed, cabinet, desk, drawer, ...: see the observation
+    world = make_world("alfworld")
+    now = world.reset(levels.generated_game("train", 0))  # bed, cabinet, desk, drawer, ...: see the observation
     assert "bed 1" in now.text and "desk 1" in now.text
     tried, visited, seen = defaultdict(set), {now.state}, []
     script = ["go to bed 1", "go to desk 1", "go to bed 1", "go to desk 1", "go to bed 99", "go to bed 99", "look",
@@ -122,7 +124,7 @@ def test_flaws_in_a_real_game():
 
 
 def test_a_killed_worker_is_replaced_and_its_episodes_go_on():
-    games = [envs.generated_game("train", seed) for seed in range(4)]
+    games = [levels.generated_game("train", seed) for seed in range(4)]
     with EnvPool(2) as pool:
         first = pool.reset(games)
         commands = [(slot, o.admissible[1]) for slot, o in enumerate(first)]
@@ -149,11 +151,11 @@ def test_broken_official_files_are_named_and_skipped(tmp_path, monkeypatch, pool
         (folder / "game.tw-pddl").write_text(content)
     monkeypatch.setattr(houses, "ALFWORLD_DATA", str(tmp_path))
     lines = []
-    games = envs.list_games("alfworld", "train", "auto", warn=lines.append)
+    games = levels.list_games("alfworld", "train", "auto", warn=lines.append)
     assert [g.name[-1] for g in games] == ["d", "e"] and lines[0].startswith("skipped 3 of 5 games")
     assert all(word in lines[0] for word in ("unreadable", "unsolvable", "`put` instead of `move`"))
     fine, bad = pool.reset(games)
-    assert isinstance(fine, envs.Observation) and isinstance(bad, envs.BadGame) and "trial_e" in str(bad)
+    assert isinstance(fine, Observation) and isinstance(bad, BadGame) and "trial_e" in str(bad)
 
 
 def run_python(code, **environment):
@@ -167,12 +169,12 @@ def test_wrong_path_is_one_clear_line_and_creates_nothing(tmp_path):
                       "evaluate.main()", ALFWORLD_DATA=missing)
     assert done.returncode == 1 and "no folder json_2.1.1" in done.stderr and "Traceback" not in done.stderr
     assert not os.path.exists(missing)
-    done = run_python("import envs; print(envs.choose_games('auto'))", ALFWORLD_DATA=missing)
+    done = run_python("from games import levels; print(levels.choose_games('auto'))", ALFWORLD_DATA=missing)
     assert done.stdout.strip() == "generated"
 
 
 def test_each_environment_maps_the_small_library():
     import fast_downward
     original = os.path.join(os.path.dirname(fast_downward.__file__), "libdownward.so")
-    envs.make_world("alfworld")
+    make_world("alfworld")
     assert os.path.getsize(fast_downward.interface.DOWNWARD_LIB_PATH) < 2_000_000 < os.path.getsize(original)

@@ -7,17 +7,19 @@ import sys
 
 import pytest
 
-import envs
+from games import levels
+
+from games.game import Game
 import rollout
-import torch_engine
-from env_pool import EnvPool
+from engines import torch_engine
+from games.pool import EnvPool
 from evaluate import bootstrap, compare, evaluate, reference_result, summarize, wilson
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def test_evaluation_does_not_depend_on_the_number_of_workers(model, chat):
-    games = envs.list_games("alfworld", "valid_unseen", "generated", count=5)
+    games = levels.list_games("alfworld", "valid_unseen", "generated", count=5)
     engine, results = torch_engine.TorchEngine(model, chat.eos, max_new_tokens=4), []
     for workers in (1, 3):
         with EnvPool(workers) as pool:
@@ -34,7 +36,7 @@ def test_wilson_against_its_defining_equation():
 
 
 def test_summary_by_hand():
-    game = lambda task: envs.Game("alfworld", "train", "x", task, 0)
+    game = lambda task: Game("alfworld", "train", "x", task, 0)
     step = lambda **flaws: rollout.Step(0, 1, "look", **flaws)
     episodes = [rollout.Episode(game("a"), 0, steps=[step(), step(repeated=True, inadmissible=True)], won=True),
                 rollout.Episode(game("b"), 0, steps=[step(repeated=True), step()])]
@@ -44,7 +46,7 @@ def test_summary_by_hand():
 
 
 def scored(name, won, score, task="a"):
-    return rollout.Episode(envs.Game("scienceworld", "test", name, task, 0), 0, steps=[rollout.Step(0, 1, "wait")], won=won,
+    return rollout.Episode(Game("scienceworld", "test", name, task, 0), 0, steps=[rollout.Step(0, 1, "wait")], won=won,
                            score=score)
 
 
@@ -76,13 +78,13 @@ def test_comparison_by_hand():
         compare(a, summarize([scored("other", True, 100)]))
 
 
-@pytest.mark.parametrize("env", envs.ENVS)
+@pytest.mark.parametrize("env", levels.ENVS)
 def test_the_scale_s_two_ends(env):
     """The expert wins everything, the random agent next to nothing, whatever the number of workers."""
     if env == "alfworld":
-        games = envs.list_games(env, "valid_unseen", "generated", count=12)
+        games = levels.list_games(env, "valid_unseen", "generated", count=12)
     else:
-        games = envs.level_games(env, "L1", "test", task_types=["short"], count=5)
+        games = levels.level_games(env, "L1", "test", task_types=["short"], count=5)
     results = []
     for workers in (1, 2):
         with EnvPool(workers) as pool:

@@ -11,10 +11,10 @@ import threading
 import pytest
 import torch
 
-import policy
-from checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from support import policies
+from support.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from grpo import grpo_loss, truncated_importance
-from token_logprobs import token_logprobs
+from actor import token_logprobs
 from update import advantages_of, make_batch, reference_logprobs, update
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -22,7 +22,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 @pytest.fixture
 def folder(model, tokenizer, tmp_path):
-    policy.save_policy(str(tmp_path / "start"), model, tokenizer, prompt="short")
+    policies.save_policy(str(tmp_path / "start"), model, tokenizer, prompt="short")
     return str(tmp_path / "start")
 
 
@@ -66,7 +66,7 @@ def test_truncated_importance_weights_turn_the_sampler_s_mean_into_the_trainer_s
 
 
 def test_lora_trains_its_additions_alone_and_loads_with_plain_libraries(folder, episodes, tmp_path):
-    plain, reference, tokenizer = policy.trainable(folder, lora_rank=4)
+    plain, reference, tokenizer = policies.trainable(folder, lora_rank=4)
     assert reference is plain
     before = {n: p.clone() for n, p in plain.named_parameters()}
     with plain.disable_adapter():
@@ -82,7 +82,7 @@ def test_lora_trains_its_additions_alone_and_loads_with_plain_libraries(folder, 
 
     state = copy.deepcopy(plain.state_dict())
     out = str(tmp_path / "saved")
-    policy.save_policy(out, plain, tokenizer)
+    policies.save_policy(out, plain, tokenizer)
     assert all(torch.equal(state[n], p) for n, p in plain.state_dict().items())  # saving merged nothing in place
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -95,22 +95,22 @@ def test_lora_trains_its_additions_alone_and_loads_with_plain_libraries(folder, 
 def test_gradient_checkpointing_leaves_the_update_as_it_is(folder, episodes):
     results = []
     for keep in (False, True):
-        model, *_ = policy.trainable(folder, gradient_checkpointing=keep)
+        model, *_ = policies.trainable(folder, gradient_checkpointing=keep)
         step(model, episodes)
         results.append(model.state_dict())
     assert all(torch.allclose(results[0][n], results[1][n], atol=1e-6) for n in results[0])
 
 
 def test_half_precision_computes_in_bfloat16_and_keeps_weights_in_float32(folder, episodes):
-    full, *_ = policy.trainable(folder, with_reference=False)
-    half, *_ = policy.trainable(folder, half=True, with_reference=False)
+    full, *_ = policies.trainable(folder, with_reference=False)
+    half, *_ = policies.trainable(folder, half=True, with_reference=False)
     assert {p.dtype for p in half.parameters()} == {torch.float32}
     a, b = (torch.cat(reference_logprobs(m, episodes, 1.0, 8192)) for m in (full, half))
     assert 0 < (a - b).abs().max() < 0.5 and (a - b).abs().mean() < 0.05
     step(half, episodes, lr=1e-7)  # too small a change for bfloat16 weights
     before = full.state_dict()
     assert any(not torch.equal(before[n], p) for n, p in half.state_dict().items())
-    adapted, *_ = policy.trainable(folder, half=True, lora_rank=2)
+    adapted, *_ = policies.trainable(folder, half=True, lora_rank=2)
     kinds = {("lora" if "lora_" in n else "frozen", p.dtype) for n, p in adapted.named_parameters()}
     assert kinds == {("lora", torch.float32), ("frozen", torch.bfloat16)}
     stats, _ = step(adapted, episodes, value_head=torch.nn.Linear(32, 1), classifier_coef=0.3)
@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(model, episode
 def test_a_damaged_checkpoint_is_passed_over(folder, episodes, tmp_path, capsys, rank):
     out = str(tmp_path / "run")
     os.makedirs(out)
-    model, _, tokenizer = policy.trainable(folder, lora_rank=rank)
+    model, _, tokenizer = policies.trainable(folder, lora_rank=rank)
     head, optimizer = torch.nn.Linear(32, 1), None
     for iteration in (1, 2, 3):
         _, optimizer = step(model, episodes, optimizer=optimizer)
@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, episodes, tmp_path, capsys,
         file.truncate(os.path.getsize(weights) // 2)
     with open(os.path.join(out, "metrics.jsonl"), "w") as file:
         file.write('{"iteration": 1}\n{"iteration": 2}\n{"iteration": 3}\n{"itera')  # killed in mid-line
-    fresh, *_ = policy.trainable(folder, lora_rank=rank)
+    fresh, *_ = policies.trainable(folder, lora_rank=rank)
     optimizer = torch.optim.AdamW([p for p in fresh.parameters() if p.requires_grad], lr=1e-2)
     assert load_checkpoint(out, fresh, optimizer, head, "cpu") == 2
     assert "passing over checkpoint-000003" in capsys.readouterr().out
@@ -153,7 +153,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, episodes, tmp_path, capsys,
 
 HUB_CHILD = """
 import sys
-from policy import load_policy
+from support.policies import load_policy
 try:
     model, tokenizer = load_policy("someone/tiny")
     print("loaded", sum(p.double().sum().item() for p in model.parameters()), len(tokenizer))
@@ -206,5 +206,5 @@ def test_an_interrupted_download_is_one_clear_line_and_the_next_run_completes_it
     up["for"] = 10**9
     done = load()
     server.shutdown()
-    model, tokenizer = policy.load_policy(os.path.join(ROOT, "policies", "tiny"))
+    model, tokenizer = policies.load_policy(os.path.join(ROOT, "policies", "tiny"))
     assert done.stdout.split()[-3:] == ["loaded", str(sum(p.double().sum().item() for p in model.parameters())), str(len(tokenizer))]

@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 
-import policy
+import rollout
+from support import policies
 from update import advantages_of, make_batch, micro_batches, update
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -19,7 +20,7 @@ CHILD = """
 import pickle, sys, torch
 sys.path.insert(0, sys.argv[2])
 from accelerate import Accelerator
-from sharding import shard, whole
+from support.processes import shard, whole
 from update import update
 world = Accelerator(cpu=True)
 with open(sys.argv[1], "rb") as file:
@@ -46,7 +47,7 @@ def test_two_processes_make_the_single_process_s_step(how, model, chat, episodes
     """Micro-batches are shared out, weights and gradients are those of the whole batch; both classifier losses on."""
     from classifier_loss import BAD, GOOD
     encode = lambda text: chat.tokenizer.encode(text, add_special_tokens=False)
-    question = (chat.next_prompt(policy.QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
+    question = (chat.next_prompt(rollout.QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
     batch, head = make_batch(episodes, advantages_of(episodes)[0], questions_per_episode=2), torch.nn.Linear(32, 1)
     size = next(n for n in range(200, 2000, 50) if len(micro_batches(batch.episodes, n)) in (3, 5))  # one process has more to do
     path = str(tmp_path / "work.pickle")
@@ -77,8 +78,8 @@ def rows_of(out):
 @pytest.mark.parametrize("how", [[], ["--shard"]])
 def test_a_run_of_two_processes(how, tokenizer, tmp_path):
     folder, out = str(tmp_path / "policy"), str(tmp_path / "run")
-    model = policy.tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=0)
-    policy.save_policy(folder, model, tokenizer, prompt="short")
+    model = policies.tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=0)
+    policies.save_policy(folder, model, tokenizer, prompt="short")
     options = ["--games", "generated", "--model", folder, "--iterations", "2", "--tasks", "4", "--group-size", "2",
                "--max-steps", "3", "--eval-games", "2", "--workers", "2", "--device", "cpu", "--save-every", "1", *how]
     done = launch("train.py", "--out", out, *options)
@@ -86,7 +87,7 @@ def test_a_run_of_two_processes(how, tokenizer, tmp_path):
     assert "2 processes" in done.stdout and done.stdout.count("output ") == 1
     rows = rows_of(out)
     assert [row["iteration"] for row in rows] == [0, 1, 2] and rows[1]["steps"] == 3.0
-    model, _ = policy.load_policy(os.path.join(out, "checkpoint-000002"))
+    model, _ = policies.load_policy(os.path.join(out, "checkpoint-000002"))
     with open(os.path.join(out, "checkpoint-000002", "config.json")) as file:
         assert json.load(file)["architectures"] == ["Qwen2ForCausalLM"]
     # killed after the first iteration, it goes on to the same numbers and weights
@@ -95,5 +96,5 @@ def test_a_run_of_two_processes(how, tokenizer, tmp_path):
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     timeless = lambda row: {k: v for k, v in row.items() if "seconds" not in k and "per_second" not in k}
     assert list(map(timeless, rows_of(out))) == list(map(timeless, rows))
-    again, _ = policy.load_policy(os.path.join(out, "checkpoint-000002"))
+    again, _ = policies.load_policy(os.path.join(out, "checkpoint-000002"))
     assert all(torch.equal(w, again.state_dict()[n]) for n, w in model.state_dict().items())

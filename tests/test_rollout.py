@@ -3,10 +3,14 @@
 import pytest
 import torch
 
-import envs
+from games import levels
+
+from games.game import Observation
+
+from games.pool import make_world
 import rollout
-import torch_engine
-from demonstrations import expert_episodes
+from engines import torch_engine
+from support.demonstrations import expert_episodes
 
 
 class Scripted:
@@ -34,10 +38,10 @@ class Scripted:
 
 def test_the_pieces_are_the_whole_conversation(chat, pool):
     """Prompt, answers and observations joined are exactly what the chat template writes for the conversation."""
-    game = envs.generated_game("train", 0)
+    game = levels.generated_game("train", 0)
     answers = ["<action>go to bed 1</action><|im_end|>", "<action>look</action><|im_end|>", "I think so.<|im_end|>"]
     (episode,), _ = rollout.play(Scripted(chat, answers), pool, chat, [game], 1, max_steps=3)
-    world = envs.make_world("alfworld")
+    world = make_world("alfworld")
     texts = [world.reset(game).text, world.step("go to bed 1").text, world.step("look").text]
     messages = [{"role": "system", "content": chat.system}]
     for text, answer in zip(texts, answers):
@@ -55,7 +59,7 @@ def test_the_pieces_are_the_whole_conversation(chat, pool):
 
 
 def test_an_answer_cut_off_gets_its_end_given_not_sampled(chat, pool):
-    game = envs.generated_game("train", 0)
+    game = levels.generated_game("train", 0)
     (episode,), _ = rollout.play(Scripted(chat, ["<action>look</action>", "<action>look"]), pool, chat, [game], 1, max_steps=2)
     first, second = episode.steps
     assert episode.tokens[first.end] == chat.eos and not episode.sampled[first.end]
@@ -69,8 +73,8 @@ def test_two_actions_are_malformed(chat):
 
 
 def test_full_context_ends_an_episode_flagged(chat, pool):
-    game = envs.generated_game("train", 0)
-    first = len(chat.first_prompt(envs.make_world("alfworld").reset(game).text))
+    game = levels.generated_game("train", 0)
+    first = len(chat.first_prompt(make_world("alfworld").reset(game).text))
     (episode,), _ = rollout.play(Scripted(chat, ["<action>look</action><|im_end|>"]), pool, chat, [game], 1,
                                  max_steps=20, max_context=first + 60)
     assert episode.truncated and 1 <= len(episode.steps) < 20 and len(episode.tokens) <= first + 60
@@ -79,13 +83,13 @@ def test_full_context_ends_an_episode_flagged(chat, pool):
 def test_a_group_that_starts_differently_is_refused(chat):
     class Pool:
         def reset(self, games):
-            return [envs.Observation(str(i), [], i, 0.0, False, False) for i, _ in enumerate(games)]
+            return [Observation(str(i), [], i, 0.0, False, False) for i, _ in enumerate(games)]
     with pytest.raises(RuntimeError, match="start differently"):
-        rollout.play(Scripted(chat, [""]), Pool(), chat, [envs.generated_game("train", 0)], 2)
+        rollout.play(Scripted(chat, [""]), Pool(), chat, [levels.generated_game("train", 0)], 2)
 
 
 def test_sampling_repeats_with_its_seed_and_greedy_takes_the_best(model, chat, pool):
-    games = [envs.generated_game("train", s) for s in range(2)]
+    games = [levels.generated_game("train", s) for s in range(2)]
     engine = torch_engine.TorchEngine(model, chat.eos, max_new_tokens=4)
     tokens = lambda seed: [e.tokens for e in rollout.play(engine, pool, chat, games, 2, 2, seed=seed)[0]]
     assert tokens(1) == tokens(1) != tokens(2)
@@ -99,7 +103,7 @@ def test_sampling_repeats_with_its_seed_and_greedy_takes_the_best(model, chat, p
 def test_a_saved_policy_comes_back_the_same(model, tokenizer, tmp_path):
     """AutoTokenizer replaced the word splitting of a qwen2 folder: `assistant\\n` became two tokens, and a policy
     with 0.15 nats of loss won no game at all."""
-    from policy import load_policy, save_policy
+    from support.policies import load_policy, save_policy
     save_policy(str(tmp_path / "policy"), model, tokenizer)
     loaded, again = load_policy(str(tmp_path / "policy"))
     text = "<|im_start|>assistant\n<action>go to cabinet 12</action><|im_end|>\n<|im_start|>user\n"
@@ -110,7 +114,7 @@ def test_a_saved_policy_comes_back_the_same(model, tokenizer, tmp_path):
 
 
 def test_expert_episodes_are_marked_as_sampled_and_win(chat, pool):
-    games = [envs.generated_game("train", s) for s in range(6)]
+    games = [levels.generated_game("train", s) for s in range(6)]
     episodes = expert_episodes(games, pool, chat, progress=False)
     assert len(episodes) == 6
     for episode in episodes:

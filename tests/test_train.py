@@ -20,10 +20,10 @@ SMALL = ["--games", "generated", "--iterations", "4", "--tasks", "2", "--group-s
 
 @pytest.fixture(scope="module")
 def small_policy(tokenizer, tmp_path_factory):
-    import policy
+    from support import policies
     folder = str(tmp_path_factory.mktemp("policy") / "small")
-    model = policy.tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=0)
-    policy.save_policy(folder, model, tokenizer, prompt="short", note="random weights, for tests")
+    model = policies.tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=0)
+    policies.save_policy(folder, model, tokenizer, prompt="short", note="random weights, for tests")
     return folder
 
 
@@ -59,7 +59,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(small_policy, tmp_path):
     output = run.communicate()[0]
     assert run.returncode == 0, output
     assert metrics(killed) == metrics(whole)
-    from policy import load_policy
+    from support.policies import load_policy
     a, b = (load_policy(os.path.join(f, "checkpoint-000004"))[0].state_dict() for f in (whole, killed))
     assert all(torch.equal(a[name], b[name]) for name in a)
     start_weights = load_policy(small_policy)[0].state_dict()
@@ -100,8 +100,8 @@ def test_a_dead_engine_is_restarted_once_and_then_ends_the_run(monkeypatch):
         def __init__(self, lives):
             self.lives = lives
 
-        def sync(self, model, tokenizer):
-            calls.append(("sync", model))
+        def load(self, weights):
+            calls.append(("load", sorted(weights)))
 
     def play(engine, *_):
         engine.lives -= 1
@@ -113,9 +113,9 @@ def test_a_dead_engine_is_restarted_once_and_then_ends_the_run(monkeypatch):
     monkeypatch.setattr(train, "make_engine", lambda *_: calls.append("made") or Engine(1))
     args = argparse.Namespace(engine="vllm", precision="float32", device="cpu", out="runs/x", group_size=2, max_steps=1,
                               max_context=9, show_actions=False)
-    run = {"engine": Engine(1), "pool": None, "chat": None, "model": "weights", "tokenizer": None, "folder": ""}
+    run = {"engine": Engine(1), "pool": None, "chat": None, "model": torch.nn.Linear(1, 1), "tokenizer": None, "folder": ""}
     assert train.rollout(args, run, [], 0) == ("episodes", {}) and calls == []
-    assert train.rollout(args, run, [], 0) == ("episodes", {}) and calls == ["made", ("sync", "weights")]
+    assert train.rollout(args, run, [], 0) == ("episodes", {}) and calls == ["made", ("load", ["bias", "weight"])]
     with pytest.raises(SystemExit, match="vLLM failed again .* --resume runs/x"):
         train.rollout(args, run, [], 0)
 
@@ -201,9 +201,9 @@ def test_bad_input_is_one_clear_line(arguments, message, small_policy, tmp_path)
 
 def test_checkpoints_appear_complete_or_not_at_all(tokenizer, model, tmp_path, monkeypatch):
     """A write that fails half-way leaves the old folder as it was."""
-    import policy
+    from support import policies
     folder = str(tmp_path / "policy")
-    policy.save_policy(folder, model, tokenizer, version=1)
+    policies.save_policy(folder, model, tokenizer, version=1)
     before = sorted(os.listdir(folder))
 
     def full_disk(*_, **__):
@@ -211,7 +211,7 @@ def test_checkpoints_appear_complete_or_not_at_all(tokenizer, model, tmp_path, m
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", full_disk)
     with pytest.raises(OSError):
-        policy.save_policy(folder, model, tokenizer, version=2)
+        policies.save_policy(folder, model, tokenizer, version=2)
     assert sorted(os.listdir(folder)) == before
     with open(os.path.join(folder, "notes.json")) as file:
         assert json.load(file) == {"version": 1}

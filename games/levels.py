@@ -1,8 +1,7 @@
 """Text games behind one small interface: `reset(game)` and `step(command)`, each answering an `Observation`.
 
 What stands here: which games there are, in which split and at which level of generalisation. The engines that play them
-are alfworld_engine.py and scienceworld_engine.py; batches of episodes are played in worker processes: env_pool.py.
-No model is known here.
+are alfworld.py and scienceworld.py; batches of episodes are played in worker processes: pool.py.
 
     games = level_games("scienceworld", "L1", "test")     # every game of the level's test, once, in a fixed order
     world = make_world("scienceworld")
@@ -19,9 +18,9 @@ No model is known here.
 import json
 import os
 import random
-from typing import NamedTuple
 
-import houses
+from games import houses
+from games.game import BadGame, Game
 
 ENVS = ("alfworld", "scienceworld")
 LEVELS = ("L0", "L1", "L2")
@@ -49,40 +48,6 @@ NEITHER = ("use-thermometer",)  # ... and this one neither trained nor tested th
 # Tasks with solutions of three to seven steps, which a policy of a million parameters can learn; the last two are held out.
 SHORT = ("find-animal", "find-living-thing", "find-non-living-thing", "lifespan-longest-lived", "lifespan-shortest-lived",
          "find-plant", "lifespan-longest-lived-then-shortest-lived")
-
-
-class Game(NamedTuple):
-    """One task instance. Sorts, hashes and pickles small."""
-    env: str
-    split: str
-    name: str
-    task_type: str
-    source: object  # ALFWorld: path of a game.tw-pddl, or seed of a generated house; ScienceWorld: (task, variation)
-
-
-class Observation(NamedTuple):
-    text: str
-    admissible: list        # of str, sorted; None where it is too dear to ask for at every step (ScienceWorld)
-    state: int              # digest of the world's state: equal digests, equal states
-    reward: float           # of this step; an episode's reward is their sum
-    won: bool
-    done: bool
-    accepted: bool = True   # whether the world allowed the command that led here
-    effect: bool = True     # whether that command changed anything (ScienceWorld: or told anything new)
-    score: int = None       # ScienceWorld: 0 to 100, -100 after a fatal mistake
-
-
-class BadGame(ValueError):
-    """A game that cannot be played; the message names it."""
-
-
-def make_world(env):
-    """A new environment that plays any game of `env`, one after the other. Imports its engine only now."""
-    if env == "alfworld":
-        from alfworld_engine import ALFWorld
-        return ALFWorld()
-    from scienceworld_engine import ScienceWorld
-    return ScienceWorld()
 
 
 # ---------------------------------------------------------------------------------------------------------- the games

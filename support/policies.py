@@ -13,11 +13,9 @@ import shutil
 import torch
 
 from rollout import SYSTEM, SYSTEM_INSTRUCT, ChatFormat
-from sharding import shard, whole
+from support.processes import shard, whole
 
 SHIPPED = {"alfworld": "tiny", "scienceworld": "tiny-scienceworld"}  # policies in the repository, of each environment
-QUESTION = "good or bad?"  # the generative classifier's question, here so that the tokenizer has its words
-VERDICTS = ("bad", "good")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TAGS = ["<action>", "</action>", "<think>", "</think>"]
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -98,7 +96,7 @@ def compute_in_bfloat16(model):
 
 def trainable(folder, device="cpu", half=False, lora_rank=0, gradient_checkpointing=False, with_reference=True, seed=0,
               sharded=False):
-    """(model to train, reference or None, tokenizer). sharded: both spread over all processes, see sharding.py.
+    """(model to train, reference or None, tokenizer). sharded: both spread over all processes, see processes.py.
 
     half: compute in bfloat16. Frozen weights are then stored in it as well, trained ones are not. With LoRA the reference
     is the model itself: use it inside `reference.disable_adapter()`.
@@ -133,6 +131,14 @@ def plain_state_dict(model):
             weight = module.base_layer.weight
             state[f"{name}.weight"] = (weight.float() + module.get_delta_weight("default").float()).to(weight.dtype)
     return state
+
+
+def sync(engine, model):
+    """The engine samples from the model's present weights from now on. All processes must call it.
+
+    Nothing to do where the engine holds the very model that is trained."""
+    if getattr(engine, "model", None) is not model:
+        engine.load(plain_state_dict(model))
 
 
 def save_policy(folder, model, tokenizer, dtype=None, extras=None, state=None, **notes):

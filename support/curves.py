@@ -1,7 +1,7 @@
 """The learning curves of one run or several: `curves.png` from `metrics.jsonl`.
 
-    python curves.py runs/alfworld-...                    # redraw one run
-    python curves.py runs/a runs/b runs/c --out both.png  # several runs in one picture
+    python -m support.curves runs/alfworld-...                    # redraw one run
+    python -m support.curves runs/a runs/b runs/c --out both.png  # several runs in one picture
 """
 
 import argparse

@@ -18,8 +18,8 @@ import re
 import struct
 import tempfile
 
-import houses
-from envs import BadGame, Observation
+from games import houses
+from games.game import BadGame, Observation
 
 # Facts that change while one plays. `checked` is left out: the engine sets it when the agent merely looks.
 DYNAMIC = {"atlocation", "inreceptacle", "opened", "holds", "isclean", "ishot", "iscool", "ison", "istoggled", "issliced"}

@@ -13,8 +13,8 @@ import signal
 
 import torch
 
-from policy import plain_state_dict, save_policy
-from sharding import load_optimizer, load_weights, whole
+from support.policies import plain_state_dict, save_policy
+from support.processes import load_optimizer, load_weights, whole
 
 
 @contextlib.contextmanager

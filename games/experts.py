@@ -15,7 +15,7 @@ It is a generator: it yields commands and is sent the observations.
 
 import re
 
-from houses import VAL_RECEPTACLE_OBJECTS  # ALFWorld's own table
+from games.houses import VAL_RECEPTACLE_OBJECTS  # ALFWorld's own table
 
 # What each receptacle may hold, in the lower case of the game's texts: the expert's common sense.
 FITS = {r.lower(): {o.lower() for o in objects} for r, objects in VAL_RECEPTACLE_OBJECTS.items()}

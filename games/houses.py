@@ -23,7 +23,7 @@ import random
 import tempfile
 import zlib
 
-# Where the official games would be (used by envs.py). Importing alfworld creates whatever folder the variable names,
+# Where the official games would be (used by levels.py). Importing alfworld creates whatever folder the variable names,
 # so a mistyped path would come into being, empty: let the import find one that exists.
 ALFWORLD_DATA = os.environ.get("ALFWORLD_DATA") or os.path.expanduser("~/.cache/alfworld")
 if not os.path.isdir(ALFWORLD_DATA):

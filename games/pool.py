@@ -16,9 +16,19 @@ import signal
 import subprocess
 import sys
 
-import envs
+from games.game import BadGame, Game
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STARTUP = 60.0  # seconds that a new worker may take to import the games' engine
+
+
+def make_world(env):
+    """A new environment that plays any game of `env`, one after the other. Imports its engine only now."""
+    if env == "alfworld":
+        from games.alfworld import ALFWorld
+        return ALFWorld()
+    from games.scienceworld import ScienceWorld
+    return ScienceWorld()
 
 
 def worker():
@@ -37,25 +47,25 @@ def worker():
             return
         answers = []
         for slot, what in batch:
-            game = what if isinstance(what, envs.Game) else what[1] if what[0] == "gold_path" else None
+            game = what if isinstance(what, Game) else what[1] if what[0] == "gold_path" else None
             try:
                 if game is not None:
                     env_of[slot] = game.env
                     if (game.env, slot) not in worlds:
-                        worlds[game.env, slot] = envs.make_world(game.env)
+                        worlds[game.env, slot] = make_world(game.env)
                 world = worlds[env_of[slot], slot]
-                if isinstance(what, envs.Game):
+                if isinstance(what, Game):
                     answers.append(world.reset(what))
                 elif isinstance(what, str):
                     answers.append(world.step(what))
                 else:
                     answers.append(getattr(world, what[0])(*what[1:]))
-            except envs.BadGame as error:
+            except BadGame as error:
                 answers.append(error)
             except Exception as error:
                 if type(error).__module__.startswith("py4j"):
                     # Without its Java machine this process is of no use. EnvPool replaces it and plays again.
-                    sys.exit(f"env_pool.py: lost the Java machine ({type(error).__name__}: {error})")
+                    sys.exit(f"pool.py: lost the Java machine ({type(error).__name__}: {error})")
                 raise
         pickle.dump(answers, replies)
         replies.flush()
@@ -77,9 +87,9 @@ class EnvPool:
 
     def _start(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "ENV_POOL_WORKERS": str(self.size)}
-        command = [sys.executable, "-c", "import env_pool; env_pool.worker()"]
+        command = [sys.executable, "-c", "from games.pool import worker; worker()"]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
-                                cwd=os.path.dirname(os.path.abspath(__file__)))
+                                cwd=ROOT)
 
     def reset(self, games):
         """Start one episode per game, in slots 0, 1, ...; neighbours share a worker, so that a group shares its memory.
@@ -121,7 +131,7 @@ class EnvPool:
                 raise RuntimeError(f"an environment worker died four times on {batch[0][1]!r}: see its output above")
             for (slot, what), answer in zip(batch, reply):
                 answers[slot] = answer
-                if isinstance(what, (envs.Game, str)):
+                if isinstance(what, (Game, str)):
                     self.history[slot].append(what)
                     self.last[slot] = answer
         return [answers[slot] for slot, _ in requests]

@@ -3,7 +3,7 @@
 Requests join and leave the running batch at every step (continuous batching): an episode whose answer is short plays on
 while others still write. Each turn's request repeats the conversation so far; prefix caching computes only what is new.
 
-After an update the engine must sample from the new weights: `sync` writes them to a folder and has vLLM reload it, through
+After an update the engine must sample from the new weights: `load` writes them to a folder and has vLLM reload it, through
 public calls alone, then forgets the cached prefixes (they were computed with the old weights).
 
 Trap: with tied embeddings vLLM's CPU build keeps a stale output layer after a reload. train.py therefore compares the
@@ -15,11 +15,9 @@ import tempfile
 
 import torch
 
-from policy import plain_state_dict
-
 
 class VLLMEngine:
-    """The same interface as `torch_engine.TorchEngine`: start, submit, poll; and sync, which that one does not need."""
+    """The same interface as `torch_engine.TorchEngine`: start, submit, poll, load."""
 
     def __init__(self, folder, eos, temperature=1.0, max_new_tokens=512, max_context=8192, dtype="auto", memory=0.4,
                  tensor_parallel=1, seed=0):
@@ -67,10 +65,10 @@ class VLLMEngine:
                                   [choice[token].logprob for token, choice in zip(ids, answer.logprobs)]))
         return found
 
-    def sync(self, model, tokenizer):
-        """Sample from the model's present weights from now on."""
+    def load(self, weights):
+        """Sample from these weights from now on: a state dictionary as plain transformers names it."""
         from huggingface_hub import save_torch_state_dict
         # Not save_pretrained: where several processes run, transformers lets the first alone write.
-        save_torch_state_dict(plain_state_dict(model), self.scratch.name)
+        save_torch_state_dict(weights, self.scratch.name)
         self.engine.collective_rpc("reload_weights", kwargs={"weights_path": self.scratch.name})
         self.engine.reset_prefix_cache()

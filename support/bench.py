@@ -1,7 +1,7 @@
 """Speeds as ratios, measured side by side in one run: machines differ and are noisy, ratios less so.
 
-    python bench.py                 # everything, some 5 minutes on two cores
-    python bench.py --only envs     # the environments against stock ALFWorld and ScienceWorld
+    python -m support.bench                 # everything, some 5 minutes on two cores
+    python -m support.bench --only envs     # the environments against stock ALFWorld and ScienceWorld
 
 Nothing here is asserted anywhere: it is measured, printed, and quoted in README.md with the machine it ran on.
 """
@@ -14,13 +14,13 @@ import subprocess
 import sys
 import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 # -------------------------------------------------------------------------------- ALFWorld, stock and with a memory
 
 def game_data(game):
-    import houses
+    from games import houses
     if isinstance(game.source, int):
         return houses.generate(game.split, game.source)
     with open(game.source) as file:
@@ -29,7 +29,7 @@ def game_data(game):
 
 def record(game, world, seed, expert_steps=30, random_steps=10):
     """Play the expert, then at random; returns (commands, transcript, seconds of all steps), transcript as stock's."""
-    from expert import search_expert
+    from games.experts import search_expert
     rng, commands, seconds = random.Random(seed), [], [0.0]
     observation = world.reset(game)
     transcript = [[world.raw, observation.admissible, observation.won]]
@@ -83,7 +83,7 @@ def stock_main():
 def stock_replay(jobs, processes=1):
     """Stock ALFWorld in `processes` children (our memory patches TextWorld for a whole process)."""
     shares = [jobs[i::processes] for i in range(processes)]
-    children = [subprocess.Popen([sys.executable, os.path.join(HERE, "bench.py"), "--stock"], stdin=subprocess.PIPE,
+    children = [subprocess.Popen([sys.executable, "-m", "support.bench", "--stock"], stdin=subprocess.PIPE,
                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE) for _ in shares]
     for child, share in zip(children, shares):
         json.dump(share, child.stdin)
@@ -100,10 +100,11 @@ def stock_replay(jobs, processes=1):
 
 def bench_envs(count=10, group=8):
     """Steps per second on one core, and resets of a game inside a group, against stock."""
-    import envs
-    games = envs.list_games("alfworld", "valid_unseen", "auto", warn=lambda line: None)
+    from games import levels
+    from games.pool import make_world
+    games = levels.list_games("alfworld", "valid_unseen", "auto", warn=lambda line: None)
     games = [games[i] for i in range(0, len(games), max(1, len(games) // count))][:count]
-    world = envs.make_world("alfworld")
+    world = make_world("alfworld")
     played = [record(game, world, seed=i) for i, game in enumerate(games)]
     steps = sum(len(commands) for commands, *_ in played)
     resets = step_seconds = 0.0
@@ -134,14 +135,15 @@ def bench_envs(count=10, group=8):
 
 def bench_scienceworld(steps=15):
     """Steps per second of one environment against the stock package, on the gold paths of a game of each task."""
-    import envs
+    from games import levels
+    from games.pool import make_world
     from scienceworld_engine import SAME_ORDER, find_java
     os.environ["PATH"] += os.pathsep + os.path.dirname(find_java())  # the stock package wants `java` there
     os.environ["JAVA_TOOL_OPTIONS"] = " ".join(SAME_ORDER)  # lists in the same order, so that transcripts can be compared
     from scienceworld import ScienceWorldEnv
-    stock, world = ScienceWorldEnv(envStepLimit=10_000), envs.make_world("scienceworld")
-    tasks = [task for task in envs.VARIATIONS if not task.startswith("mendelian")]  # their gold paths take ten seconds each
-    games = [envs.list_games("scienceworld", "test", task_types=[task])[0] for task in tasks]
+    stock, world = ScienceWorldEnv(envStepLimit=10_000), make_world("scienceworld")
+    tasks = [task for task in levels.VARIATIONS if not task.startswith("mendelian")]  # their gold paths take ten seconds each
+    games = [levels.list_games("scienceworld", "test", task_types=[task])[0] for task in tasks]
     for game in [games[0], *games]:
         if game is games[0]:  # twice: the first time warms both Java machines up
             seconds, same, done = {"stock": 0.0, "here": 0.0, "stock reset": 0.0, "here reset": 0.0}, True, 0
@@ -169,7 +171,7 @@ def bench_scienceworld(steps=15):
     for name, a, b, n in (("step", "stock", "here", done), ("reset", "stock reset", "here reset", len(tasks))):
         print(f"  {name:24} stock {1000 * seconds[a] / n:8.2f} ms   here {1000 * seconds[b] / n:8.2f} ms   "
               f"ratio {seconds[a] / seconds[b]:6.1f}")
-    worlds = [envs.make_world("scienceworld") for _ in range(128)]
+    worlds = [make_world("scienceworld") for _ in range(128)]
     clock = time.perf_counter()
     for i, one in enumerate(worlds):
         one.reset(games[i % len(games)])
@@ -188,12 +190,15 @@ def bench_loop(model_folder, tasks=16, group=8, repeats=3):
     """Playing against updating in the default run, and what the classifier adds to an update."""
     import torch
 
-    import envs
+    from games import levels
+
+    from games.pool import make_world
     from classifier_loss import BAD, GOOD
-    from policy import QUESTION, load_policy, make_chat
-    from env_pool import EnvPool
+    from rollout import QUESTION
+    from support.policies import load_policy, make_chat
+    from games.pool import EnvPool
     from rollout import Episode, play
-    from torch_engine import TorchEngine
+    from engines.torch_engine import TorchEngine
     from update import advantages_of, make_batch, update
 
     model, tokenizer = load_policy(model_folder)
@@ -203,7 +208,7 @@ def bench_loop(model_folder, tasks=16, group=8, repeats=3):
     question = (chat.next_prompt(QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
     head = torch.nn.Linear(model.config.hidden_size, 1)
     optimizer = torch.optim.AdamW(list(model.parameters()) + list(head.parameters()), lr=0.0)  # time it, change nothing
-    games = envs.sample_games(envs.list_games("alfworld", "train", "generated"), tasks, 0)
+    games = levels.sample_games(levels.list_games("alfworld", "train", "generated"), tasks, 0)
     with EnvPool(os.cpu_count()) as pool:
         play(engine, pool, chat, games[:2], 2, 20)  # warm up
         clock = time.perf_counter()
@@ -254,16 +259,18 @@ def bench_engines(model_folder, tasks=16, group=8):
         return
     import torch
 
-    import envs
-    from env_pool import EnvPool
-    from policy import load_policy, make_chat
+    from games import levels
+
+    from games.pool import make_world
+    from games.pool import EnvPool
+    from support.policies import load_policy, make_chat
     from rollout import play
-    from torch_engine import TorchEngine
-    from vllm_engine import VLLMEngine
+    from engines.torch_engine import TorchEngine
+    from engines.vllm_engine import VLLMEngine
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_policy(model_folder, device)
     chat, _ = make_chat(tokenizer, "alfworld", model_folder)
-    games, speeds = envs.sample_games(envs.list_games("alfworld", "train", "generated"), tasks, 0), {}
+    games, speeds = levels.sample_games(levels.list_games("alfworld", "train", "generated"), tasks, 0), {}
     with EnvPool(os.cpu_count()) as pool:
         for name, engine in (("PyTorch", TorchEngine(model, chat.eos)),
                              ("vLLM", VLLMEngine(model_folder, chat.eos, 1.0, 24, 2048, "float32", 0.2))):
@@ -291,7 +298,7 @@ def bench_memory(counts=(256, 512)):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from policy import add_lora, compute_in_bfloat16
+    from support.policies import add_lora, compute_in_bfloat16
 
     def build(shape, layers, lora):
         hidden, wide, _, heads, kv_heads, *_ = shape

@@ -27,7 +27,7 @@ import json
 import os
 import shutil
 
-from envs import BadGame, Observation
+from games.game import BadGame, Observation
 
 SIMPLIFICATION = "easy"  # as in the paper: teleport, open doors, flower pots that water themselves, no wiring where unneeded
 # The simulator keeps objects in hash sets, ordered by where Java happens to put them: the same variation loaded twice may

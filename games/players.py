@@ -1,18 +1,12 @@
-"""Demonstrations: experts play, carefully or carelessly, and what they did becomes training data.
+"""Players that need no model: the expert, careful or careless, and one that picks any admissible command.
 
-ALFWorld's expert searches (expert.py); ScienceWorld's follows the simulator's own solution. A careless one slips now and
+ALFWorld's expert searches, ScienceWorld's follows the simulator's own solution (experts.py). A careless one slips now and
 then: its episodes are won all the same, and full of flaws, which is where reinforcement learning is to begin.
 """
 
-import json
-import os
 import random
-import re
 
-from tqdm import tqdm
-
-from expert import gold_expert, search_expert, things
-from rollout import Episode, Step
+from games.experts import gold_expert, search_expert, things
 
 
 def slip(rng, receptacles, last, before, want, here):
@@ -98,71 +92,21 @@ def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0):
             yield chunk[slot], turns[slot], observation.won
 
 
-def rename(rng, animals=True):
-    """A function that renames a ScienceWorld episode's boxes, rooms and (where their kind does not matter) animals, the
-    same throughout its texts.
-
-    >>> say = rename(random.Random(1))
-    >>> say("Move it to the red box in the kitchen. Here you see a red box, a red wire and a dove egg.")
-    'Move it to the green box in the art studio. Here you see a green box, a red wire and a butterfly egg.'
-    """
-    other = {}
-    for names in [COLORS, ROOMS] + ([EGGS] if animals else []):
-        other.update(zip(names, rng.sample(names, len(names))))
-    box, name = "|".join(COLORS), "|".join(n for n in other if n not in COLORS)
-    return lambda text: re.sub(rf"\b(?:({box})(?= box)|({name})\b)", lambda m: other[m[0]], text)
-
-
-def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, seed=0, copies=1):
-    """The expert's won episodes as `Episode`s: what the expert said counts as sampled, so losses apply as in RL.
-
-    copies: ScienceWorld has few variations, and a policy learns them by heart; of each episode so many copies are made
-    in which boxes, rooms and animals have other names. Then it must read what is meant.
-    """
-    remembered = {}
-
-    def ids(text, make):
-        if (text, make) not in remembered:
-            remembered[text, make] = make(text)
-        return remembered[text, make]
-
-    def answer(command):
-        return chat.tokenizer.encode(f"<action>{command}</action>", add_special_tokens=False) + [chat.eos]
-
-    episodes, rng = [], random.Random(seed)
-    games_played = play_expert(games, pool, max_steps, sloppy=sloppy, seed=seed)
-    for game, turns, won in tqdm(games_played, total=len(games), desc="expert episodes", disable=not progress):
-        if not won:
-            continue
-        for copy in range(copies):
-            say = rename(rng, animals=game.task_type.startswith("find")) if copy else str
-            episode = Episode(game, len(episodes), won=True, reward=1.0)
-            for i, (observation, command, *_) in enumerate(turns):
-                observation, command = say(observation), say(command)
-                episode.give(chat.first_prompt(observation) if i == 0 else ids(observation, chat.next_prompt))
-                start, new = len(episode.tokens), ids(command, answer)
-                episode.sample(new, [0.0] * len(new))
-                episode.steps.append(Step(start, start + len(new), command))
-            episodes.append(episode)
-    return episodes
-
-
-def write_messages(games, pool, system, path, max_steps=50, sloppy=0.0, seed=0):
-    """The expert's won episodes as a chat dataset, a JSON object a line: {"messages": [{"role", "content"}, ...], "game"}.
-
-    The convention that TRL, axolotl, LLaMA-Factory and others read. Returns the number of episodes. The file appears
-    whole or not at all; raises OSError.
-    """
-    count = 0
-    with open(path + ".partial", "w") as file:
-        for game, turns, won in play_expert(games, pool, max_steps, sloppy=sloppy, seed=seed):
-            if not won:
-                continue
-            messages = [{"role": "system", "content": system}]
-            for observation, command, *_ in turns:
-                messages += [{"role": "user", "content": observation},
-                             {"role": "assistant", "content": f"<action>{command}</action>"}]
-            file.write(json.dumps({"messages": messages, "game": game.name}) + "\n")
-            count += 1
-    os.replace(path + ".partial", path)
-    return count
+def random_agent(games, pool, max_steps, seed=0, batch=64):
+    """Yields (game, turns, won) as `play_expert` does: any admissible command, each as likely as the others."""
+    for begin in range(0, len(games), batch):
+        chunk = [games[i] for i in range(begin, min(begin + batch, len(games)))]
+        first = pool.reset(chunk)
+        now = {s: o for s, o in enumerate(first) if not isinstance(o, Exception)}
+        turns, running = {s: [] for s in now}, list(now)
+        generators = {s: random.Random(f"{seed} {chunk[s].name}") for s in now}  # whatever batch or worker it is in
+        for _ in range(max_steps):
+            chosen = [(s, generators[s].choice(c)) for s, c in zip(running, pool.admissible(running))]
+            for (s, command), after in zip(chosen, pool.step(chosen)):
+                turns[s].append((now[s].text, command, now[s], after))
+                now[s] = after
+            running = [s for s in running if not now[s].done]
+            if not running:
+                break
+        for s in now:
+            yield chunk[s], turns[s], now[s].won

@@ -2,9 +2,6 @@
 
 import torch
 
-from policy import plain_state_dict
-from sharding import load_weights
-
 
 class RaggedCache:
     """Keys and values of rows with different lengths, each row filled from the left without gaps.
@@ -61,10 +58,9 @@ class TorchEngine:
         self.cache, self.rows, self.lengths, self.submitted = None, None, None, {}
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
-    def sync(self, model, tokenizer):
-        """Sample from the model's present weights. Nothing to do where they are the very ones that are trained."""
-        if model is not self.model:
-            load_weights(self.model, plain_state_dict(model))
+    def load(self, weights):
+        """Sample from these weights from now on: a state dictionary as plain transformers names it."""
+        self.model.load_state_dict(weights)
 
     def submit(self, row, tokens):
         self.submitted[row] = tokens
