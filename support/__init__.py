@@ -2,6 +2,9 @@
 
 May import: everything of ours. Nothing of the method (losses, advantages, labels) is defined here.
 
+setup.py run.py    from arguments to a run; what a run does around the method, one named call each
+batches.py         episodes laid end to end, and the part of them that a micro-batch needs
+warmup.py          before RL: a policy that never saw the classifier's question learns it
 policies.py        the tiny policy; loading, saving, LoRA, half precision of any
 processes.py       several processes: shares of the work, sums over them, weights spread over them (FSDP)
 checkpoints.py     checkpoints that appear complete or not at all; resuming

@@ -6,6 +6,29 @@ import os
 from rollout import FLAWS, flaw_rates
 
 
+class Tally:
+    """Adds up, over the micro-batches of one optimizer step, the parts of the loss and the classifier's right answers."""
+
+    def __init__(self):
+        self.sums, self.right, self.seen = {}, {}, {}
+
+    def add(self, parts=(), **more):
+        for name, value in {**dict(parts), **more}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.item()
+
+    def judged(self, form, says_good, labels):
+        """(n,) bool answers to (n,) labels 1 good, 0 bad; others are not counted."""
+        for label, answer in zip(labels.tolist(), says_good.tolist()):
+            if label in (0, 1):
+                name = form + ("good" if label else "bad")
+                self.right[name] = self.right.get(name, 0) + (answer == bool(label))
+                self.seen[name] = self.seen.get(name, 0) + 1
+
+    @staticmethod
+    def total(sums, right, seen):
+        return {**sums, **{f"accuracy_{name}": right[name] / seen[name] for name in right}}
+
+
 def metrics_of(episodes, parts):
     """Means over the episodes of an iteration, and over its updates' dictionaries `parts`."""
     mean = lambda values: sum(values) / len(values)

@@ -1,21 +1,70 @@
-"""Models too large for one GPU: weights, gradients and Adam's moments spread over the processes (FSDP, PyTorch's own).
+"""Several processes: shares of the work, sums over them, and weights spread over them (FSDP, PyTorch's own).
 
-    torchrun --nproc_per_node 8 train.py --model Qwen/Qwen2.5-32B-Instruct --shard --engine vllm ...
+    accelerate launch --num_processes 8 train.py ...                  # each plays and learns a share, weights whole
+    torchrun --nproc_per_node 8 train.py ... --shard                  # weights, gradients, moments spread as well
 
-Every process keeps one share of each tensor. A decoder layer's weights are put together when it computes, and taken apart
-again (Rajbhandari et al. 2020, ZeRO stage 3). Three things follow, and they are all that this file does:
+All processes hold the same batch, whose weights are those of the whole; each computes its micro-batches, and gradients
+and statistics are added up. `accelerator` is accelerate's Accelerator, or None where one process works alone.
+
+Spread weights (`--shard`): every process keeps one share of each tensor; a decoder layer's weights are put together when
+it computes, and taken apart again (Rajbhandari et al. 2020, ZeRO stage 3). Three things follow:
 
 * the whole pass over a micro-batch must go through the model's hooks: `through_root`;
-* all processes must compute the same number of micro-batches, since they wait for one another's shares: `update.own_share`
+* all processes must compute the same number of micro-batches, since they wait for one another's shares: `own_share`
   fills up with blanks;
 * who wants whole tensors (the sampling engine, a checkpoint) must gather them, on all processes together: `whole`.
 """
 
 import functools
+import math
 import types
 
 import torch
 
+
+def own_share(micro_batches, accelerator, even=False):
+    """[(micro-batch, True), ...]: those that this process computes; the longest come first, so all get about the same work.
+
+    even: all processes get the same number. What fills up is another's, marked False: to be computed, and not counted.
+    """
+    if accelerator is None:
+        return [(micro, True) for micro in micro_batches]
+    mine = [(micro, True) for micro in micro_batches[accelerator.process_index::accelerator.num_processes]]
+    rounds = -(-len(micro_batches) // accelerator.num_processes)
+    return mine + [(micro_batches[-1], False)] * (rounds - len(mine)) if even else mine
+
+
+def add_up(accelerator, parameters, *tables):
+    """Sum gradients, and dictionaries of numbers, over all processes. In place; returns the tables.
+
+    A sharded parameter's gradients have been summed on the way."""
+    if accelerator is None:
+        return tables
+    from accelerate.utils import gather_object
+    for parameter in parameters:
+        if not hasattr(parameter, "full_tensor"):
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(gradient, reduction="sum")
+    gathered = gather_object([tables])
+    return [{name: sum(one[i].get(name, 0) for one in gathered) for name in sorted({n for one in gathered for n in one[i]})}
+            for i in range(len(tables))]
+
+
+def clip_gradients(parameters, max_norm):
+    """As torch.nn.utils.clip_grad_norm_, where some of the parameters may be sharded and others not. Returns the norm."""
+    sharded = [p for p in parameters if hasattr(p, "full_tensor")]
+    if not sharded:
+        return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    rest = [p.grad for p in parameters if not hasattr(p, "full_tensor") and p.grad is not None]
+    parts = [torch.nn.utils.get_total_norm([p.grad for p in sharded]).full_tensor(), torch.nn.utils.get_total_norm(rest)]
+    norm = math.hypot(*map(float, parts))
+    for p in parameters:
+        if p.grad is not None and norm > max_norm:
+            p.grad.mul_(max_norm / (norm + 1e-6))
+    return norm
+
+
+# ------------------------------------------------------------------------------------------- weights spread over them
 
 def shard(model, half=False):
     """Spread a model over all processes, in place. half: compute in bfloat16, keep and add up in float32."""

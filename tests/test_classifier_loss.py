@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from classifier_loss import (balanced_choice, class_weights, generative_loss, outcome_labels, pack_branches,
-                             rule_labels, value_head_loss)
+from classifier_loss import (balanced_choice, class_weights, generative_loss, outcome_labels, rule_labels, value_head_loss)
+from actor import pack_branches
 
 
 def test_labels():

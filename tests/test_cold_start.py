@@ -13,7 +13,8 @@ from support.demonstrations import expert_episodes, play_expert, write_messages
 from rollout import QUESTION
 from support.policies import tiny_model, train_tokenizer
 from rollout import SYSTEM, ChatFormat
-from update import make_batch, reference_logprobs, teach_question
+from helpers import lay_out, sampled_logprobs
+from support.warmup import teach_question
 
 
 @pytest.mark.parametrize("env", levels.ENVS)
@@ -73,11 +74,10 @@ def test_teaching_the_question_leaves_the_actions_alone(model, chat, episodes):
     encode = lambda text: chat.tokenizer.encode(text, add_special_tokens=False)
     question = (chat.next_prompt(QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    batch = make_batch(episodes, torch.zeros(len(episodes)))
-    first, last = teach_question(model, optimizer, batch, question, updates=40)
+    first, last = teach_question(model, optimizer, episodes, question, updates=40)
     assert first > 3.0 and last < 1.0
-    after = torch.cat(reference_logprobs(model, episodes, 1.0, 8192)).mean()
-    assert after > torch.cat(batch.old_logprobs).mean() - 0.1
+    batch = lay_out(episodes)
+    assert sampled_logprobs(model, batch, 1.0, 8192).mean() > batch.old_logprobs.mean() - 0.1
 
 
 def test_the_chat_dataset_is_what_other_trainers_read(pool, tmp_path):

@@ -15,7 +15,7 @@ from support import policies
 from support.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from grpo import grpo_loss, truncated_importance
 from actor import token_logprobs
-from update import advantages_of, make_batch, reference_logprobs, update
+from helpers import advantages_of, lay_out, make_batch, sampled_logprobs, update
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -28,7 +28,7 @@ def folder(model, tokenizer, tmp_path):
 
 def step(model, episodes, lr=1e-2, value_head=None, optimizer=None, **options):
     optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    batch = make_batch(episodes, advantages_of(episodes)[0])
+    batch = make_batch(episodes, advantages_of(episodes))
     return update(model, value_head, optimizer, batch, **options), optimizer
 
 
@@ -70,14 +70,14 @@ def test_lora_trains_its_additions_alone_and_loads_with_plain_libraries(folder, 
     assert reference is plain
     before = {n: p.clone() for n, p in plain.named_parameters()}
     with plain.disable_adapter():
-        first = torch.cat(reference_logprobs(reference, episodes, 1.0, 8192))
+        first = sampled_logprobs(reference, lay_out(episodes), 1.0, 8192)
     step(plain, episodes)
     step(plain, episodes)
     changed = {n for n, p in plain.named_parameters() if not torch.equal(p, before[n])}
     assert changed and all("lora_" in n for n in changed)
-    after = torch.cat(reference_logprobs(plain, episodes, 1.0, 8192))
+    after = sampled_logprobs(plain, lay_out(episodes), 1.0, 8192)
     with plain.disable_adapter():  # the KL's reference is what it was
-        assert torch.equal(first, torch.cat(reference_logprobs(reference, episodes, 1.0, 8192)))
+        assert torch.equal(first, sampled_logprobs(reference, lay_out(episodes), 1.0, 8192))
     assert (after - first).abs().max() > 1e-3
 
     state = copy.deepcopy(plain.state_dict())
@@ -89,7 +89,7 @@ def test_lora_trains_its_additions_alone_and_loads_with_plain_libraries(folder, 
     merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), out + "/adapter")
     for loaded in (merged, adapter):
-        assert torch.allclose(torch.cat(reference_logprobs(loaded, episodes, 1.0, 8192)), after, atol=1e-4)
+        assert torch.allclose(sampled_logprobs(loaded, lay_out(episodes), 1.0, 8192), after, atol=1e-4)
 
 
 def test_gradient_checkpointing_leaves_the_update_as_it_is(folder, episodes):
@@ -105,7 +105,7 @@ def test_half_precision_computes_in_bfloat16_and_keeps_weights_in_float32(folder
     full, *_ = policies.trainable(folder, with_reference=False)
     half, *_ = policies.trainable(folder, half=True, with_reference=False)
     assert {p.dtype for p in half.parameters()} == {torch.float32}
-    a, b = (torch.cat(reference_logprobs(m, episodes, 1.0, 8192)) for m in (full, half))
+    a, b = (sampled_logprobs(m, lay_out(episodes), 1.0, 8192) for m in (full, half))
     assert 0 < (a - b).abs().max() < 0.5 and (a - b).abs().mean() < 0.05
     step(half, episodes, lr=1e-7)  # too small a change for bfloat16 weights
     before = full.state_dict()

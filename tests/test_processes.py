@@ -13,25 +13,25 @@ import torch
 
 import rollout
 from support import policies
-from update import advantages_of, make_batch, micro_batches, update
+from helpers import advantages_of, make_batch, micro_batches, update
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CHILD = """
 import pickle, sys, torch
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = [sys.argv[2], sys.argv[2] + "/tests"]
 from accelerate import Accelerator
 from support.processes import shard, whole
-from update import update
-world = Accelerator(cpu=True)
+from helpers import update
+accelerator = Accelerator(cpu=True)
 with open(sys.argv[1], "rb") as file:
     model, head, batch, question = pickle.load(file)
 if sys.argv[3] == "sharded":
     shard(model)
     assert all(p.to_local().numel() <= p.numel() // 2 for p in model.parameters())
 optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=1.0)  # Adam would hide a wrong scale
-stats = update(model, head, optimizer, batch, question, kl_coef=0.0, classifier_coef=0.3, max_tokens=int(sys.argv[4]), world=world)
+stats = update(model, head, optimizer, batch, question, kl_coef=0.0, classifier_coef=0.3, max_tokens=int(sys.argv[4]), accelerator=accelerator)
 weights = whole(model.state_dict())
-if world.process_index == 1:  # not the first: all must arrive at the same weights
+if accelerator.process_index == 1:  # not the first: all must arrive at the same weights
     torch.save((weights, head.state_dict(), stats), sys.argv[1] + ".out")
 """
 
@@ -48,7 +48,7 @@ def test_two_processes_make_the_single_process_s_step(how, model, chat, episodes
     from classifier_loss import BAD, GOOD
     encode = lambda text: chat.tokenizer.encode(text, add_special_tokens=False)
     question = (chat.next_prompt(rollout.QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
-    batch, head = make_batch(episodes, advantages_of(episodes)[0], questions_per_episode=2), torch.nn.Linear(32, 1)
+    batch, head = make_batch(episodes, advantages_of(episodes), questions_per_episode=2), torch.nn.Linear(32, 1)
     size = next(n for n in range(200, 2000, 50) if len(micro_batches(batch.episodes, n)) in (3, 5))  # one process has more to do
     path = str(tmp_path / "work.pickle")
     with open(path, "wb") as file:

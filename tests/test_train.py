@@ -92,8 +92,8 @@ def test_runs_killed_at_random_moments_resume_to_the_same_numbers(small_policy, 
 
 def test_a_dead_engine_is_restarted_once_and_then_ends_the_run(monkeypatch):
     """The second engine gets the present weights before it plays."""
-    import argparse
-    import train
+    from types import SimpleNamespace
+    from support import run as running
     calls = []
 
     class Engine:
@@ -109,15 +109,16 @@ def test_a_dead_engine_is_restarted_once_and_then_ends_the_run(monkeypatch):
             raise RuntimeError("engine core died")
         return "episodes", {}
 
-    monkeypatch.setattr(train, "play", play)
-    monkeypatch.setattr(train, "make_engine", lambda *_: calls.append("made") or Engine(1))
-    args = argparse.Namespace(engine="vllm", precision="float32", device="cpu", out="runs/x", group_size=2, max_steps=1,
+    monkeypatch.setattr(running, "play", play)
+    monkeypatch.setattr(running, "make_engine", lambda *_: calls.append("made") or Engine(1))
+    args = SimpleNamespace(engine="vllm", precision="float32", device="cpu", out="runs/x", group_size=2, max_steps=1,
                               max_context=9, show_actions=False)
-    run = {"engine": Engine(1), "pool": None, "chat": None, "model": torch.nn.Linear(1, 1), "tokenizer": None, "folder": ""}
-    assert train.rollout(args, run, [], 0) == ("episodes", {}) and calls == []
-    assert train.rollout(args, run, [], 0) == ("episodes", {}) and calls == ["made", ("load", ["bias", "weight"])]
+    run = SimpleNamespace(args=args, engine=Engine(1), pool=None, chat=None, model=torch.nn.Linear(1, 1), folder="",
+                          engine_restarts=0)
+    assert running.play_or_restart(run, [], 0) == ("episodes", {}) and calls == []
+    assert running.play_or_restart(run, [], 0) == ("episodes", {}) and calls == ["made", ("load", ["bias", "weight"])]
     with pytest.raises(SystemExit, match="vLLM failed again .* --resume runs/x"):
-        train.rollout(args, run, [], 0)
+        running.play_or_restart(run, [], 0)
 
 
 def test_ctrl_c_says_how_to_go_on(small_policy, tmp_path):

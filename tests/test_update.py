@@ -8,7 +8,8 @@ from engines import torch_engine
 from classifier_loss import BAD, GOOD
 from rollout import QUESTION
 from games.game import Observation
-from update import advantages_of, forward, make_batch, micro_batches, reference_logprobs, update
+from actor import forward
+from helpers import advantages_of, lay_out, make_batch, micro_batches, sampled_logprobs, update
 
 
 def gradients(model):
@@ -21,10 +22,9 @@ def question_of(chat):
 
 
 def run_update(model, chat, episodes, max_tokens=8192, head=None, question=False, coef=0.5, kl=False):
-    advantages, _ = advantages_of(episodes)
-    batch = make_batch(episodes, advantages, questions_per_episode=3 if question else 0)
+    batch = make_batch(episodes, advantages_of(episodes), questions_per_episode=3 if question else 0)
     if kl:
-        batch.ref_logprobs = [logprobs - 0.3 for logprobs in batch.old_logprobs]
+        batch.ref_logprobs = batch.old_logprobs - 0.3
     optimizer = torch.optim.SGD(list(model.parameters()), lr=0.0)
     stats = update(model, head, optimizer, batch, question_of(chat) if question else None, kl_coef=0.1 * kl,
                    classifier_coef=coef, max_tokens=max_tokens, max_norm=1e9)
@@ -33,11 +33,9 @@ def run_update(model, chat, episodes, max_tokens=8192, head=None, question=False
 
 def test_sampling_logprobs_equal_the_trainers(model, chat, episodes):
     """Ragged rows, a cache that lives on over turns, rows that drop out: recorded numbers are the trainer's."""
-    recorded = [torch.tensor([l for l, s in zip(e.logprobs, e.sampled) if s]) for e in episodes]
-    trained = reference_logprobs(model, episodes, 1.0, 500)
-    assert max((a - b).abs().max().item() for a, b in zip(recorded, trained)) < 1e-4
-    hotter = reference_logprobs(model, episodes, 2.0, 500)
-    assert max((a - b).abs().max().item() for a, b in zip(recorded, hotter)) > 0.1  # the test can fail
+    batch = lay_out(episodes)
+    assert (batch.old_logprobs - sampled_logprobs(model, batch, 1.0, 500)).abs().max() < 1e-4
+    assert (batch.old_logprobs - sampled_logprobs(model, batch, 2.0, 500)).abs().max() > 0.1  # the test can fail
 
 
 def test_finished_conversations_leave_the_others_alone(model, chat):
@@ -50,11 +48,11 @@ def test_finished_conversations_leave_the_others_alone(model, chat):
         episodes[row].give(ids)
     for rows in ([0, 1, 2], [0, 2], [2]):
         for row, (ids, logprobs) in zip(rows, engine.generate(rows, [episodes[r].tokens for r in rows])):
+            episodes[row].steps.append(rollout.Step(len(episodes[row].tokens), len(episodes[row].tokens) + len(ids), None))
             episodes[row].sample(ids, logprobs)
             episodes[row].give([20 + row, 21])
-    for row, logprobs in enumerate(reference_logprobs(model, list(episodes.values()), 0.7, 8192)):
-        recorded = [l for l, s in zip(episodes[row].logprobs, episodes[row].sampled) if s]
-        assert recorded == pytest.approx(logprobs.tolist(), abs=1e-4)
+    batch = lay_out(list(episodes.values()))
+    assert (batch.old_logprobs - sampled_logprobs(model, batch, 0.7, 8192)).abs().max() < 1e-4
 
 
 def test_gradient_is_unchanged_by_micro_batches_and_padding(model, chat, episodes):
@@ -83,13 +81,12 @@ def test_observation_tokens_get_no_gradient(model, chat, episodes):
     handle.remove()
     assert caught["rows"] == sum(episode.sampled) + sum(episodes[1].sampled)  # the head never sees another place
     # Exchange a token of the last observation's *target* role only: the loss must not notice given tokens as targets.
-    advantages, _ = advantages_of(episodes[:2])
-    batch = make_batch(episodes[:2], advantages)
-    out = forward(model, episodes[:2])
+    batch = make_batch(episodes[:2], advantages_of(episodes[:2]))
+    out = forward(model, batch.sequences, batch.sampled)
     logits = model(input_ids=torch.tensor([episode.tokens])).logits[0]
     by_hand = [torch.log_softmax(logits[t - 1], -1)[episode.tokens[t]].item() for t, s in enumerate(episode.sampled) if s]
     assert out["logprobs"][:len(by_hand)].tolist() == pytest.approx(by_hand, abs=1e-4)
-    assert len(batch.token_weight[0]) == len(by_hand)
+    assert len(batch.part([0]).token_weights) == len(by_hand)
 
 
 @pytest.mark.parametrize("form", ["generative", "value"])
@@ -112,17 +109,16 @@ def test_branch_sees_its_prefix_and_nothing_after_its_step(model, chat, episodes
     episode = episodes[0]
     q, verdicts = question_of(chat)
     step = episode.steps[0]
-    packed = forward(model, [episode], branches=[[(step.end, q, verdicts[GOOD]), (episode.steps[1].end, q, verdicts[BAD])]])
+    asked = [(step.end, q, verdicts[GOOD]), (episode.steps[1].end, q, verdicts[BAD])]
+    packed = forward(model, [episode.tokens], [episode.sampled], branches=[asked])
     alone = episode.tokens[:step.end] + q
     logits = model(input_ids=torch.tensor([alone])).logits[0, -1]
     expected = torch.log_softmax(logits, -1)[verdicts[GOOD][0]].item()
     assert len(verdicts[GOOD]) == 1 and packed["verdicts"][0].item() == pytest.approx(expected, abs=1e-4)
-    plain = forward(model, [episode])["logprobs"]
+    plain = forward(model, [episode.tokens], [episode.sampled])["logprobs"]
     assert torch.allclose(packed["logprobs"], plain, atol=1e-4)  # the episode does not see the branches
-    other = rollout.Episode(None, 0, tokens=list(episode.tokens), sampled=episode.sampled, steps=episode.steps)
-    for t in range(step.end, len(other.tokens)):
-        other.tokens[t] = (other.tokens[t] + 1) % 300
-    changed = forward(model, [other], branches=[[(step.end, q, verdicts[GOOD])]])
+    other = [t if i < step.end else (t + 1) % 300 for i, t in enumerate(episode.tokens)]
+    changed = forward(model, [other], [episode.sampled], branches=[[(step.end, q, verdicts[GOOD])]])
     assert changed["verdicts"][0].item() == pytest.approx(expected, abs=1e-4)
 
 
@@ -177,7 +173,6 @@ def test_a_two_step_game_is_learnt():
     rates = []
     for iteration in range(40):
         episodes, _ = rollout.play(engine, ToyPool(), ToyChat, list(range(8)), 32, max_steps=2, seed=iteration)
-        advantages, _ = advantages_of(episodes)
-        update(model, None, optimizer, make_batch(episodes, advantages))
+        update(model, None, optimizer, make_batch(episodes, advantages_of(episodes)))
         rates.append(sum(e.won for e in episodes) / len(episodes))
     assert rates[0] < 0.1 and rates[-1] > 0.9

@@ -16,7 +16,7 @@ from games import levels
 import rollout
 from support.policies import load_policy, make_chat, sync
 from engines.torch_engine import TorchEngine
-from update import make_batch, recompute_old_logprobs
+from helpers import lay_out, sampled_logprobs
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOLDER = os.path.join(ROOT, "policies", "tiny")
@@ -30,7 +30,8 @@ def engine():
 
 
 def gap(model, episodes):
-    return recompute_old_logprobs(model, make_batch(episodes, torch.zeros(len(episodes))), 0.7, 8192, 2.0)
+    batch = lay_out(episodes)
+    return (sampled_logprobs(model, batch, 0.7, 8192) - batch.old_logprobs).abs().mean().item()
 
 
 def test_log_probabilities_are_the_trainer_s_before_and_after_new_weights(engine, pool):

@@ -1,0 +1,140 @@
+"""What a run does around the method: one named call each, so that the loop in train.py shows the method alone.
+
+`run` is what support/setup.py builds: arguments (`run.args`), model, engine, pool, optimizer, accelerator and so on.
+"""
+
+import contextlib
+import math
+import os
+import sys
+
+import torch
+from accelerate.utils import gather_object
+
+from evaluate import evaluate, table
+from games import levels
+from grpo import truncated_importance
+from rollout import play
+from support.batches import sampled_logprobs
+from support.checkpoints import checkpoints, save_checkpoint
+from support.curves import draw
+from support.logs import line_of, log, metrics_of, write_samples
+from support.policies import sync
+from support.setup import make_engine
+
+
+def collect_episodes(run, games, seed):
+    """Whole groups of episodes: each process plays its share of the games; then all have all.
+
+    Returns (episodes sorted by group, report: seconds, messages on bad games). Ends the run where there are no episodes.
+    """
+    args, rank, processes = run.args, run.accelerator.process_index, run.accelerator.num_processes
+    episodes, report = play_or_restart(run, games[rank::processes], seed + 500_009 * rank)
+    for episode in episodes:
+        episode.group = episode.group * processes + rank
+    episodes = sorted(gather_object(episodes), key=lambda e: e.group)
+    if not episodes:
+        sys.exit(f"train.py: none of the games can be played: {report['bad_games'][0]}")
+    if not all(e.steps for e in episodes):
+        sys.exit(f"train.py: --max-context {args.max_context} is too small for a first prompt and one answer")
+    for episode in episodes if args.reward == "success" else []:
+        episode.reward = float(episode.won)
+    return episodes, report
+
+
+def play_or_restart(run, games, seed):
+    """`play`; where vLLM dies under it, once more with a new engine."""
+    args = run.args
+    again = lambda: play(run.engine, run.pool, run.chat, games, args.group_size, args.max_steps, args.max_context,
+                         seed, args.show_actions)
+    try:
+        return again()
+    except Exception as error:
+        if args.engine != "vllm":
+            raise
+        if run.engine_restarts:
+            sys.exit(f"train.py: vLLM failed again ({type(error).__name__}: {error}). Go on with: python train.py "
+                     f"--resume {args.out}")
+        print(f"vLLM failed ({type(error).__name__}: {error}): restarting it", flush=True)
+        run.engine_restarts += 1
+        run.engine = make_engine(args, run.model, run.chat, run.folder)
+        sync(run.engine, run.model)
+        return again()
+
+
+def score(run, batch):
+    """Before the first optimizer step: what the trainer and the reference think of the sampled tokens. In place.
+
+    Where vLLM sampled, the trainer's log-probabilities become the old ones, and the difference is corrected by truncated
+    importance weights; returns the mean |difference| in nats per token, else None. Ends the run where it is too large.
+    """
+    args, gap = run.args, None
+    if args.engine == "vllm":
+        sampler = batch.old_logprobs
+        batch.old_logprobs = sampled_logprobs(run.model, batch, args.temperature, args.micro_tokens, run.accelerator)
+        batch.importance = truncated_importance(batch.old_logprobs, sampler, args.tis_clip)
+        gap = (batch.old_logprobs - sampler).abs().nanmean().nan_to_num().item()
+        gap = max(gather_object([gap]))  # the same for all processes: they stop together
+        if gap > args.engine_gap:
+            sys.exit(f"train.py: vLLM's log-probabilities are {gap:.3f} nats per token from the trainer's (--engine-gap "
+                     f"{args.engine_gap}): its weights are stale or its arithmetic differs; use --engine torch, or a "
+                     "model whose embeddings are not tied")
+    if run.reference is not None:
+        with run.reference.disable_adapter() if args.lora_rank else contextlib.nullcontext():
+            batch.ref_logprobs = sampled_logprobs(run.reference, batch, args.temperature, args.micro_tokens, run.accelerator)
+    return gap
+
+
+def set_rate(optimizer, args, iteration):
+    """The learning rate of this iteration: a linear rise over `--warmup`, then a linear fall to `--lr-end` of the peak."""
+    left = 1.0 - (iteration - 1) / args.iterations
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * min(iteration / max(1, args.warmup), args.lr_end + (1.0 - args.lr_end) * left)
+
+
+def step_if_finite(run, batch, sums):
+    """`optimizer.step()`. A loss or gradient that is not a number changes nothing; three in a row are no accident."""
+    finite = math.isfinite(sums["grad_norm"]) and math.isfinite(sums["loss"])
+    if finite:
+        run.optimizer.step()
+    sums["skipped"] = float(not finite)
+    run.skipped_in_a_row = 0 if finite else run.skipped_in_a_row + 1
+    if run.skipped_in_a_row == 3:
+        if run.accelerator.is_main_process:
+            torch.save(batch, os.path.join(run.args.out, "bad_batch.pt"))
+        sys.exit("train.py: three updates in a row had a loss or gradient that is not finite, and were skipped. The last "
+                 f"batch is in {run.args.out}/bad_batch.pt; a lower --lr, or --precision float32, may help")
+
+
+def evaluation(run, the_levels, iteration):
+    """Play the levels' test games with the current policy, print the tables; {"eval_L1": {...}}."""
+    args, found = run.args, {}
+    for level in the_levels if args.eval_games else []:
+        games = levels.level_games(args.env, level, "test", args.games, args.task_types, args.eval_games)
+        found[f"eval_{level}"], _ = evaluate(run.engine, run.pool, run.chat, games, args.max_steps,
+                                             max_context=args.max_context, show_actions=args.show_actions)
+        print(f"\n{level} ({games[0].split}) after {iteration} iterations\n{table(found[f'eval_{level}'])}\n", flush=True)
+    return found
+
+
+def finish_iteration(run, iteration, episodes, report, sums, row, minutes_left):
+    """One line on the screen, everything in metrics.jsonl and TensorBoard; evaluate at the end; save now and then."""
+    args, last = run.args, iteration == run.args.iterations
+    if run.accelerator.is_main_process:
+        row = {**metrics_of(episodes, sums), **row, "bad_games": len(report["bad_games"]),
+               "worker_restarts": run.pool.restarts, "seconds_sample": report["sample"], "seconds_env": report["env"]}
+        print(f"{iteration:4d}/{args.iterations}  {line_of(row)}  {minutes_left:.0f} min left", flush=True)
+        if last:
+            row |= evaluation(run, {"L0": ["L0", "L1"], "L1": ["L1", "L0"], "L2": ["L2"]}[args.level], iteration)
+        log(args.out, run.board, iteration, row)
+    if iteration % args.save_every == 0 or last:
+        save_checkpoint(args.out, run.model, run.tokenizer, run.optimizer, run.value_head, iteration,
+                        write=run.accelerator.is_main_process, started_from=run.folder, prompt=run.prompt)
+        if run.accelerator.is_main_process:
+            write_samples(args.out, run.tokenizer, episodes, iteration)
+            draw([args.out], os.path.join(args.out, "curves.png"))
+    run.accelerator.wait_for_everyone()
+    if last:
+        if run.board:
+            run.board.close()
+        print(f"curves: {args.out}/curves.png; policy: {checkpoints(args.out)[-1]}")

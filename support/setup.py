@@ -1,0 +1,147 @@
+"""From arguments to a run: what is automatic is resolved and said, and everything that the loop needs is built."""
+
+import datetime
+import importlib.util
+import json
+import os
+import sys
+import time
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast, broadcast_object_list
+
+from classifier_loss import BAD, GOOD
+from cold_start import make_cold_start
+from engines.torch_engine import TorchEngine
+from games import levels
+from games.pool import EnvPool
+from rollout import QUESTION
+from support.checkpoints import load_checkpoint, write_atomically
+from support.logs import log
+from support.policies import load_policy, make_chat, sync, trainable
+
+
+def check(args, error):
+    """Refuse arguments that cannot be meant, by `error(one line)`; fill in the number of iterations."""
+    args.iterations = {"alfworld": 32, "scienceworld": 10}[args.env] if args.iterations is None else args.iterations
+    for name in ("iterations", "tasks", "group_size", "updates", "micro_tokens", "workers", "save_every"):
+        if getattr(args, name) < 1:
+            error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.group_size < 2:
+        error("--group-size must be at least 2: an advantage compares episodes of one game")
+    if args.updates > args.tasks:
+        error(f"--updates {args.updates} leaves no whole group for each: at most --tasks {args.tasks}")
+    if args.shard and args.lora_rank:
+        error("--shard and --lora-rank do not go together here: with LoRA one process holds the frozen weights whole")
+    if args.shard and args.classifier in ("generative", "both") and args.question_warmup:
+        error("--shard with the generative classifier needs --question-warmup 0: the warm-up runs on one process")
+    if args.lora_rank < 0:
+        error("--lora-rank must not be negative")
+    if args.tis_clip <= 0:
+        error("--tis-clip must be positive")
+    if args.temperature <= 0:
+        error("--temperature must be positive in training: greedy episodes of a group are all the same")
+
+
+def setup(args):
+    """Resolve what is automatic, say so, and build everything: the namespace `run` that train.py hands around.
+
+    Raises FileNotFoundError or ValueError, whose text is one clear line.
+    """
+    args.games = levels.choose_games("auto" if args.games == "simulator" else args.games, args.env)
+    if args.env == "scienceworld" and not args.task_types and args.model == "tiny":
+        args.task_types = ["short"]
+    args.max_steps = args.max_steps or levels.max_steps(args.games, args.task_types)
+    args.eval_games = {"alfworld": 200, "scienceworld": 300}[args.env] if args.eval_games is None else args.eval_games
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # the others wait while one evaluates
+    accelerator = Accelerator(cpu=args.device == "cpu", kwargs_handlers=[patience])
+    processes = accelerator.num_processes
+    if args.tensor_parallel > 1 and processes > 1:
+        raise ValueError("--tensor-parallel is for one process; of several processes, each has an engine of its own")
+    if args.shard and processes == 1:
+        raise ValueError("--shard spreads the weights over several processes: start them with torchrun or accelerate launch")
+    if not accelerator.is_main_process:
+        sys.stdout = open(os.devnull, "w")  # one process speaks
+    args.device = args.device if args.device != "auto" else str(accelerator.device)
+    there = importlib.util.find_spec("vllm") is not None
+    if args.engine == "vllm" and not there:
+        raise ValueError("--engine vllm needs vLLM: pip install -r requirements-vllm.txt, or use --engine torch")
+    if args.engine == "auto":
+        args.engine = "vllm" if there and args.device.startswith("cuda") else "torch"
+    args.out = args.out or f"runs/{args.env}-{args.classifier}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    args.out = broadcast_object_list([args.out])[0]  # the clocks of several processes differ
+    games = levels.level_games(args.env, args.level, "train", args.games, args.task_types)
+    print(f"games   {args.games}, level {args.level}, {len(games):,} for training, at most {args.max_steps} steps   (--games, "
+          "--level, --max-steps" + (f"; tasks {' '.join(args.task_types)}: --task-types)" if args.task_types else ")"))
+    pool = EnvPool(max(1, args.workers // processes))
+    with accelerator.main_process_first():
+        folder = args.model if args.model != "tiny" else make_cold_start(args, games, pool)
+    print(f"model   {folder}   (--model, --cold-start)")
+    print(f"engine  {args.engine} on {args.device}, {torch.get_num_threads()} threads" + (f", {processes} processes"
+          if processes > 1 else "") + "   (--engine, --device)")
+    half = in_half(args)
+    model, reference, tokenizer = trainable(folder, args.device, half, args.lora_rank, args.gradient_checkpointing,
+                                            args.kl_coef > 0, args.seed, args.shard)
+    chat, ours = make_chat(tokenizer, args.env, folder)
+    args.max_new_tokens = args.max_new_tokens or (24 if ours else 512)
+    args.max_context = args.max_context or (2048 if ours else 8192)
+    args.lr = args.lr or (5e-4 if ours else 1e-6)
+    print(f"update  AdamW at {args.lr:g}, {args.updates} steps for {args.tasks} games x {args.group_size} episodes   (--lr, "
+          "--updates, --tasks, --group-size)")
+    print(f"loss    GRPO + {args.classifier_coef} * {args.classifier} classifier, labels by {args.labels}   (--classifier, "
+          "--classifier-coef, --labels)" if args.classifier != "none" else "loss    GRPO alone   (--classifier)")
+    print(f"output  {args.out}   (--out)", flush=True)
+    value_head = torch.nn.Linear(model.config.hidden_size, 1).to(args.device) if args.classifier in ("value", "both") else None
+    parameters = [p for p in model.parameters() if p.requires_grad] + (list(value_head.parameters()) if value_head else [])
+    question = None
+    if args.classifier in ("generative", "both"):
+        encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+        question = (chat.next_prompt(QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
+    return SimpleNamespace(
+        args=args, games=games, pool=pool, folder=folder, prompt="short" if ours else "instructions", chat=chat,
+        tokenizer=tokenizer, model=model, reference=reference, value_head=value_head, question=question,
+        engine=make_engine(args, model, chat, folder), engine_restarts=0, accelerator=accelerator,
+        shared=accelerator if processes > 1 else None,  # None where one process works alone
+        optimizer=torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
+        skipped_in_a_row=0, done=0, board=None)
+
+
+def in_half(args):
+    return args.precision == "bfloat16" or (args.precision == "auto" and args.device.startswith("cuda"))
+
+
+def make_engine(args, model, chat, folder):
+    if args.engine == "torch":
+        if args.shard:  # episodes are sampled from a whole copy: processes that play do not wait for one another
+            model = load_policy(folder, args.device, torch.bfloat16 if in_half(args) else torch.float32)[0]
+        return TorchEngine(model, chat.eos, args.temperature, args.max_new_tokens)
+    from engines.vllm_engine import VLLMEngine
+    return VLLMEngine(folder, chat.eos, args.temperature, args.max_new_tokens, args.max_context,
+                      "bfloat16" if in_half(args) else "float32", args.engine_memory, args.tensor_parallel, args.seed)
+
+
+def prepare(run):
+    """The run's folder; the last checkpoint where one is resumed, else what comes before the first iteration. OSError."""
+    from support.run import evaluation
+    from support.warmup import introduce_question
+    from torch.utils.tensorboard import SummaryWriter
+    args = run.args
+    os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+    main = run.accelerator.is_main_process
+    if args.resume:
+        run.done = load_checkpoint(args.out, run.model, run.optimizer, run.value_head, args.device, main)
+    if main:
+        write_atomically(os.path.join(args.out, "config.json"),
+                         json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1))
+        run.board = SummaryWriter(args.out, purge_step=run.done + 1)
+    if run.done == 0:
+        if main:
+            log(args.out, run.board, 0, evaluation(run, [args.level], 0))
+            if run.question and args.question_warmup:
+                introduce_question(run)
+        head = list(run.value_head.parameters()) if run.value_head else []
+        for parameter in [*(run.model.parameters() if not args.shard else []), *head]:
+            parameter.data.copy_(broadcast(parameter.data))  # all begin with the first process's weights
+    sync(run.engine, run.model)
