@@ -4,18 +4,21 @@
 ones, with L = L_GRPO + lambda * L_cls. To tell them apart it must represent them apart, and then a gradient that
 rewards an action where it is right no longer raises it where it is wrong.
 
-    generative:  L_cls = - sum_i w_i log pi(verdict_i | prefix_i, a_i, question)          (verdict tokens only)
-    value head:  L_cls = - sum_i w_i log sigmoid(y_i v . h_i),  y = +1 good, -1 bad       (h: last token of the action)
+    generative:  L_cls = - sum_i w_i log pi(verdict_i | prefix_i, a_i, question)     (verdict tokens only)         (5a)
+    value head:  L_cls = - sum_i w_i log sigmoid(y_i v . h_i),  y = +1 good, -1 bad  (h: last token of action)     (5b)
 
-Both are weighted means over the labelled steps in which each class counts half, over the whole batch; both send their
-gradient into the shared trunk, which is the point. The paper never writes its loss down: weights and labels here are
-our reading, spelled out.
+Both are weighted means over labelled steps, over the whole batch; both send their gradient into the shared trunk, which
+is the point. The paper never writes its loss down: weights and labels here are our reading, spelled out.
 
-S labelled steps in a batch. Labels: 1 good, 0 bad, -1 left out.
+**The label must not be the outcome in disguise.** Flawed steps are commoner in lost episodes, so a classifier that only
+learns `won` looks good. Therefore steps are drawn and weighted by class *within* outcome: among the steps of won
+episodes the two classes weigh the same, and among those of lost ones; knowing the outcome then helps nothing.
 
->>> labels = rule_labels(won=torch.tensor([True, True, False, False]), flawed=torch.tensor([False, True, False, True]))
->>> labels.tolist(), class_weights(labels).tolist()
-([1, 0, -1, 0], [0.5, 0.25, 0.0, 0.25])
+S steps in a batch. Labels: 1 good, 0 bad, -1 left out.
+
+>>> won, flawed = torch.tensor([True, True, True, False, False]), torch.tensor([False, False, True, False, True])
+>>> flaw_labels(flawed).tolist(), balanced_weights(flaw_labels(flawed), won).tolist()
+([1, 1, 0, 1, 0], [0.125, 0.125, 0.25, 0.25, 0.25])
 """
 
 import torch
@@ -24,58 +27,66 @@ from torch.nn import functional as F
 GOOD, BAD, LEFT_OUT = 1, 0, -1
 
 
-def rule_labels(won, flawed):
-    """Labels from the transcript alone (`--labels rules`).
+def flaw_labels(flawed):
+    """(S,) bool -> labels (`--labels flaws`): bad if the step is flawed, else good, whatever became of the episode.
 
-    Args:
-        won: (S,) bool, whether the step's episode succeeded.
-        flawed: (S,) bool, whether the step is malformed, inadmissible, without effect, repeated or leads back.
-    Returns: (S,) long. Bad: flawed, *also inside a successful episode*, which is where the outcome reward praises it.
-        Good: unflawed, in a successful episode. Left out: unflawed, in a failed one (who knows?).
+    Flawed: malformed, inadmissible, without effect, repeated or leading back (rollout.Step).
     """
-    labels = torch.full(won.shape, LEFT_OUT, device=won.device)
-    labels[won] = GOOD
-    labels[flawed] = BAD
-    return labels
+    return torch.where(flawed, BAD, GOOD)
+
+
+def rule_labels(won, flawed):
+    """(S,) bool, (S,) bool -> labels (`--labels rules`): bad if flawed, *also inside a won episode*, where the outcome
+    praises it; good if unflawed in a won one; unflawed in a lost one is left out (who knows?)."""
+    return torch.where(flawed, BAD, torch.where(won, GOOD, LEFT_OUT))
 
 
 def outcome_labels(advantages):
-    """Labels from the episode's advantage (`--labels outcome`): (S,) float -> good > 0, bad < 0, left out at 0."""
+    """(S,) float -> labels by the sign of the advantage (`--labels outcome`); left out at 0. The outcome, undisguised."""
     return torch.where(advantages > 0, GOOD, torch.where(advantages < 0, BAD, LEFT_OUT))
 
 
-def class_weights(labels):
-    """(S,) weights in which each class that occurs has the same total; they sum to 1, or are all 0 without labels."""
-    weights = torch.zeros(labels.shape, device=labels.device)
-    present = [c for c in (GOOD, BAD) if (labels == c).any()]
-    for c in present:
-        weights[labels == c] = 1.0 / (len(present) * (labels == c).sum())
+def cells(labels, won=None):
+    """The (good, bad) masks, (S,) bool each, of every outcome in which both classes occur; one pair if `won` is None.
+
+    An outcome that shows one class alone is left out: there the label would be the outcome.
+    """
+    outcomes = [torch.ones_like(labels, dtype=torch.bool)] if won is None else [won, ~won]
+    pairs = [((labels == GOOD) & outcome, (labels == BAD) & outcome) for outcome in outcomes]
+    return [(good, bad) for good, bad in pairs if good.any() and bad.any()]
+
+
+def balanced_weights(labels, won=None):
+    """(S,) weights in which every cell (class x outcome) has the same total; they sum to 1, or are all 0.
+
+    won: (S,) bool; None balances the classes over the whole batch (for labels that are the outcome).
+    """
+    weights, pairs = torch.zeros(labels.shape, device=labels.device), cells(labels, won)
+    for mask in [mask for pair in pairs for mask in pair]:
+        weights[mask] = 1.0 / (2 * len(pairs) * mask.sum())
     return weights
 
 
-def balanced_choice(labels, episode_of_step, per_episode, generator=None):
-    """Which steps to ask the generative classifier about: at most `per_episode` of each episode.
+def choose_questions(labels, won, budget, generator=None):
+    """Which steps to ask the generative classifier about, since a question costs tokens: (S,) bool.
 
-    A question costs tokens. Inside an episode, steps of the class that is rarer *in the batch* come first, so that
-    few questions still show both classes. Returns (S,) bool.
+    Of each outcome that shows both classes, as many good steps as bad ones, drawn at random: at most `budget` in all.
     """
-    rarer = BAD if (labels == BAD).sum() <= (labels == GOOD).sum() else GOOD
-    rank = torch.rand(labels.shape, generator=generator) + (labels == rarer)
-    rank[labels == LEFT_OUT] = -1.0
-    chosen = torch.zeros(labels.shape, dtype=torch.bool)
-    for episode in episode_of_step.unique():
-        steps = (episode_of_step == episode).nonzero()[:, 0]
-        best = steps[rank[steps].argsort(descending=True)[:per_episode]]
-        chosen[best[rank[best] >= 0]] = True
+    chosen, pairs = torch.zeros_like(labels, dtype=torch.bool), cells(labels, won)
+    for good, bad in pairs:
+        count = min(int(good.sum()), int(bad.sum()), budget // (2 * len(pairs)))
+        for mask in (good, bad):
+            steps = mask.nonzero()[:, 0]
+            chosen[steps[torch.randperm(len(steps), generator=generator)[:count]]] = True
     return chosen
 
 
 def generative_loss(verdict_logprobs, weights):
-    """(S,) log pi(true verdict | prefix, action, question), summed over its tokens -> scalar; micro-batches add up."""
+    """Eq. (5a): (Q,) log pi(true verdict | prefix, action, question), summed over its tokens -> scalar; parts add up."""
     return -(weights * verdict_logprobs).sum()
 
 
 def value_head_loss(values, labels, weights):
-    """Binary cross-entropy of (S,) head outputs `values` against (S,) labels -> scalar; micro-batches add up."""
+    """Eq. (5b): binary cross-entropy of (S,) outputs of the head against (S,) labels -> scalar; parts add up."""
     losses = F.binary_cross_entropy_with_logits(values, (labels == GOOD).to(values.dtype), reduction="none")
     return (weights * losses).sum()

@@ -4,18 +4,23 @@ Shapes: E episodes in a batch, N sampled tokens of all those episodes laid end t
 mask: tokens that were given (prompts, observations) are simply not among the N.
 
     A_i = (R_i - mean(R)) / (std(R) + eps)                     over the group of episode i           (1)
-    rho_t = exp(log pi(t) - log pi_old(t))                                                           (2)
-    L = - sum_t w_t min(rho_t A, clip(rho_t, 1 - c, 1 + c) A)  +  kl_coef * sum_t w_t k3_t           (3)
+    ratio_t = exp(log pi(t) - log pi_old(t))                                                         (2)
+    L = - sum_t w_t min(ratio_t A, clip(ratio_t, 1 - c, 1 + c) A)  +  kl_coef * sum_t w_t k3_t       (3)
     k3_t = exp(d) - d - 1,   d = log pi_ref(t) - log pi(t)                                           (4)
 
 (1)-(3): Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), eqs. 3-4; (1) without std: Liu et al. 2025 (Dr. GRPO,
 arXiv 2503.20783); (4): Schulman, "Approximating KL divergence". Departures from DeepSeekMath: the weights w_t sum to
 one over the *whole batch*, not per micro-batch and not per episode, so the micro-batch size cannot change the gradient.
 
+Each group is used once: of an iteration's optimizer steps every one has groups of its own. In the first of them the
+policy is the one that sampled, so all ratios are 1 and nothing is clipped; the clip acts from the second step on.
+
 >>> A, signal = group_advantages(torch.tensor([1., 0., 0., 0., 1., 1.]), torch.tensor([0, 0, 0, 0, 1, 1]))
 >>> [round(a, 3) for a in A.tolist()], signal.tolist()      # group 1 has no variance: no signal
 ([1.732, -0.577, -0.577, -0.577, 0.0, 0.0], [True, False])
 """
+
+import math
 
 import torch
 
@@ -63,10 +68,19 @@ def token_weights(step_of_token, episode_of_token, weighting="token"):
     return 1.0 / (size[unit].float() * (size > 0).sum())
 
 
-def k3(logprobs, ref_logprobs):
-    """Schulman's estimator of KL(pi || pi_ref) per sampled token, eq. (4): unbiased and never negative. (N,)"""
+def k3(logprobs, ref_logprobs, limit=5.0):
+    """Schulman's estimator of KL(pi || pi_ref) per sampled token, eq. (4): unbiased and never negative. (N,)
+
+    Two traps. As a *loss* its gradient is (1 - exp(d)) grad log pi, whose mean over samples is the gradient of the other
+    divergence, KL(pi_ref || pi). And exp(d) is unbounded: one token that the policy had given up made a batch mean of
+    225 nats. Beyond d = `limit` k3 goes on as a straight line, so that a token's pull back is at most exp(limit) - 1.
+
+    >>> [round(x, 3) for x in k3(torch.tensor([-1., -1., -20.]), torch.tensor([-1., 0., -1.])).tolist()]
+    [0.0, 0.718, 2206.197]
+    """
     d = ref_logprobs - logprobs
-    return torch.exp(d) - d - 1.0
+    near = d.clamp(max=limit)
+    return torch.exp(near) - near - 1.0 + (d - near) * (math.exp(limit) - 1.0)
 
 
 def truncated_importance(trainer_logprobs, sampler_logprobs, clip):

@@ -9,15 +9,34 @@ optimizer step first, so the parts' losses add up to the batch's loss (tests/tes
 """
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 
 from actor import forward
+from rollout import QUESTION, VERDICTS
 from support.processes import is_sharded, own_share, through_root
 
 forward = through_root(forward)
 PER_STEP = ("advantages", "labels", "value_weights", "question_weights")
 PER_TOKEN = ("token_weights", "old_logprobs", "ref_logprobs", "importance")
+
+
+class Question(NamedTuple):
+    """The generative classifier's question as token ids."""
+    prompts: dict    # what stands between an answer and the verdict, by whether the answer ended (True) or was cut (False)
+    verdicts: dict   # 1: ids of "good", 0: ids of "bad"
+    eos: int         # ends a turn
+
+    def says_good(self, logits):
+        """(Q, V) logits where the verdicts begin -> (Q,) bool: is "good" likelier than "bad"?"""
+        return logits[:, self.verdicts[1][0]] > logits[:, self.verdicts[0][0]]
+
+
+def make_question(chat):
+    """The question in a chat's format."""
+    ids = [chat.tokenizer.encode(word, add_special_tokens=False) for word in VERDICTS]
+    return Question({ended: chat.next_prompt(QUESTION, ended) for ended in (True, False)}, {0: ids[0], 1: ids[1]}, chat.eos)
 
 
 @dataclass
@@ -52,18 +71,15 @@ class Batch:
         return [[step.end for step in e.steps] for e in self.episodes]
 
     def branches(self, question):
-        """The questions asked about these steps, as `actor.forward` takes them; None without a generative classifier.
-
-        question: (question ids, {1: ids of "good", 0: ids of "bad"}), or None.
-        """
-        if not question:
+        """The questions asked about these steps, as `actor.forward` takes them; None without a generative classifier."""
+        if question is None:
             return None
-        ids, verdicts = question
-        found, asked = [[] for _ in self.episodes], self.question_weights > 0
-        for s in asked.nonzero()[:, 0].tolist():
+        found = [[] for _ in self.episodes]
+        for s in (self.question_weights > 0).nonzero()[:, 0].tolist():
             e = int(self.episode_of_step[s])
             step = self.episodes[e].steps[s - int((self.episode_of_step < e).sum())]
-            found[e].append((step.end, ids, verdicts[int(self.labels[s])]))
+            ended = self.episodes[e].tokens[step.end - 1] == question.eos
+            found[e].append((step.end, question.prompts[ended], question.verdicts[int(self.labels[s])]))
         return found
 
     def part(self, chosen, device=None):

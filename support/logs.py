@@ -7,26 +7,21 @@ from rollout import FLAWS, flaw_rates
 
 
 class Tally:
-    """Adds up, over the micro-batches of one optimizer step, the parts of the loss and the classifier's right answers."""
+    """Adds up, over the micro-batches of one optimizer step, the parts of the loss and the classifier's answers."""
 
     def __init__(self):
-        self.sums, self.right, self.seen = {}, {}, {}
+        self.sums = {}
 
     def add(self, parts=(), **more):
         for name, value in {**dict(parts), **more}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.item()
+            self.sums[name] = self.sums.get(name, 0.0) + (value.item() if hasattr(value, "item") else float(value))
 
-    def judged(self, form, says_good, labels):
-        """(n,) bool answers to (n,) labels 1 good, 0 bad; others are not counted."""
-        for label, answer in zip(labels.tolist(), says_good.tolist()):
+    def judge(self, form, says_good, labels, won):
+        """Count the answers and the right ones in each cell, class x outcome; (n,) each. Labels other than 0, 1: no cell."""
+        for answer, label, w in zip(says_good.tolist(), labels.tolist(), won.tolist()):
             if label in (0, 1):
-                name = form + ("good" if label else "bad")
-                self.right[name] = self.right.get(name, 0) + (answer == bool(label))
-                self.seen[name] = self.seen.get(name, 0) + 1
-
-    @staticmethod
-    def total(sums, right, seen):
-        return {**sums, **{f"accuracy_{name}": right[name] / seen[name] for name in right}}
+                cell = f"{form}_{'good' if label else 'bad'}_{'won' if w else 'lost'}"
+                self.add({f"count_{cell}": 1, f"right_{cell}": answer == bool(label)})
 
 
 def metrics_of(episodes, parts):
@@ -37,8 +32,14 @@ def metrics_of(episodes, parts):
              "truncated": sum(e.truncated for e in episodes), "tokens": sum(len(e.tokens) for e in episodes)}
     if episodes[0].score is not None:
         found["score"] = mean([max(0, e.score) for e in episodes])
-    for name in sorted({name for part in parts for name in part}):
-        found[name] = mean([part[name] for part in parts if name in part])
+    names = sorted({name for part in parts for name in part})
+    for name in names:
+        if name.startswith("count_"):  # answers of the classifier: shares of all of them, not means of shares
+            count = sum(part.get(name, 0) for part in parts)
+            right = sum(part.get(name.replace("count_", "right_"), 0) for part in parts)
+            found |= {name: count, name.replace("count_", "accuracy_"): right / count}
+        elif not name.startswith("right_"):
+            found[name] = mean([part[name] for part in parts if name in part])
     return found
 
 

@@ -20,6 +20,7 @@ from support.checkpoints import checkpoints, save_checkpoint
 from support.curves import draw
 from support.logs import line_of, log, metrics_of, write_samples
 from support.policies import sync
+from support.processes import clip_gradients
 from support.setup import make_engine
 
 
@@ -66,7 +67,7 @@ def score(run, batch):
     """Before the first optimizer step: what the trainer and the reference think of the sampled tokens. In place.
 
     Where vLLM sampled, the trainer's log-probabilities become the old ones, and the difference is corrected by truncated
-    importance weights; returns the mean |difference| in nats per token, else None. Ends the run where it is too large.
+    importance weights; returns the mean |difference| in nats per token, else None.
     """
     args, gap = run.args, None
     if args.engine == "vllm":
@@ -74,22 +75,44 @@ def score(run, batch):
         batch.old_logprobs = sampled_logprobs(run.model, batch, args.temperature, args.micro_tokens, run.accelerator)
         batch.importance = truncated_importance(batch.old_logprobs, sampler, args.tis_clip)
         gap = (batch.old_logprobs - sampler).abs().nanmean().nan_to_num().item()
-        gap = max(gather_object([gap]))  # the same for all processes: they stop together
-        if gap > args.engine_gap:
-            sys.exit(f"train.py: vLLM's log-probabilities are {gap:.3f} nats per token from the trainer's (--engine-gap "
-                     f"{args.engine_gap}): its weights are stale or its arithmetic differs; use --engine torch, or a "
-                     "model whose embeddings are not tied")
+        gap = max(gather_object([gap]))
     if run.reference is not None:
         with run.reference.disable_adapter() if args.lora_rank else contextlib.nullcontext():
             batch.ref_logprobs = sampled_logprobs(run.reference, batch, args.temperature, args.micro_tokens, run.accelerator)
     return gap
 
 
+def compare_engine(run, gaps, sums):
+    """In the first optimizer step of an iteration the policy is the one that sampled: is it the engine's, too?
+
+    Ends the run where the log-probabilities that the engine recorded are not the trainer's: stale weights, a model that
+    one of the two computes otherwise. The PyTorch engine is compared in the gradients' own forward pass, at no cost.
+    """
+    if len(sums) > 1:
+        return
+    gap = sums[0]["engine_gap"] = sums[0]["gap"] if gaps[0] is None else sum(gaps) / len(gaps)
+    if gap > run.args.engine_gap:  # the same number on all processes: they stop together
+        sys.exit(f"train.py: the engine's log-probabilities are {gap:.3f} nats per token from the trainer's (--engine-gap "
+                 f"{run.args.engine_gap}): its weights are stale or its arithmetic differs; use --engine torch or "
+                 "--precision float32, or a model whose embeddings are not tied")
+
+
+def gradient_norms_apart(run, batch, gradients):
+    """The norms of the gradients of L_GRPO and of lambda * L_cls, each alone, as train.gradients computes them."""
+    found = {}
+    for name, coefs in (("grpo", (1.0, 0.0)), ("classifier", (0.0, None))):
+        if name == "grpo" or run.args.classifier != "none":
+            gradients(run.args, run, batch, *coefs)
+            parameters = [p for part in run.optimizer.param_groups for p in part["params"]]
+            found[f"grad_norm_{name}"] = clip_gradients(parameters, math.inf)
+    return found
+
+
 def set_rate(optimizer, args, iteration):
-    """The learning rate of this iteration: a linear rise over `--warmup`, then a linear fall to `--lr-end` of the peak."""
+    """The rates of this iteration: a linear rise over `--warmup`, then a linear fall to `--lr-end` of each one's peak."""
     left = 1.0 - (iteration - 1) / args.iterations
-    for group in optimizer.param_groups:
-        group["lr"] = args.lr * min(iteration / max(1, args.warmup), args.lr_end + (1.0 - args.lr_end) * left)
+    for part in optimizer.param_groups:
+        part["lr"] = part["peak"] * min(iteration / max(1, args.warmup), args.lr_end + (1.0 - args.lr_end) * left)
 
 
 def step_if_finite(run, batch, sums):

@@ -12,12 +12,11 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast, broadcast_object_list
 
-from classifier_loss import BAD, GOOD
 from cold_start import make_cold_start
 from engines.torch_engine import TorchEngine
 from games import levels
 from games.pool import EnvPool
-from rollout import QUESTION
+from support.batches import make_question
 from support.checkpoints import load_checkpoint, write_atomically
 from support.logs import log
 from support.policies import load_policy, make_chat, sync, trainable
@@ -35,8 +34,8 @@ def check(args, error):
         error(f"--updates {args.updates} leaves no whole group for each: at most --tasks {args.tasks}")
     if args.shard and args.lora_rank:
         error("--shard and --lora-rank do not go together here: with LoRA one process holds the frozen weights whole")
-    if args.shard and args.classifier in ("generative", "both") and args.question_warmup:
-        error("--shard with the generative classifier needs --question-warmup 0: the warm-up runs on one process")
+    if args.shard and args.warmup_updates:
+        error("--shard needs --warmup-updates 0: the warm-up runs on one process")
     if args.lora_rank < 0:
         error("--lora-rank must not be negative")
     if args.tis_clip <= 0:
@@ -88,24 +87,30 @@ def setup(args):
     args.max_new_tokens = args.max_new_tokens or (24 if ours else 512)
     args.max_context = args.max_context or (2048 if ours else 8192)
     args.lr = args.lr or (5e-4 if ours else 1e-6)
+    args.warmup_updates = (40 if ours and not args.shard else 0) if args.warmup_updates is None else args.warmup_updates
     print(f"update  AdamW at {args.lr:g}, {args.updates} steps for {args.tasks} games x {args.group_size} episodes   (--lr, "
           "--updates, --tasks, --group-size)")
     print(f"loss    GRPO + {args.classifier_coef} * {args.classifier} classifier, labels by {args.labels}   (--classifier, "
           "--classifier-coef, --labels)" if args.classifier != "none" else "loss    GRPO alone   (--classifier)")
     print(f"output  {args.out}   (--out)", flush=True)
     value_head = torch.nn.Linear(model.config.hidden_size, 1).to(args.device) if args.classifier in ("value", "both") else None
-    parameters = [p for p in model.parameters() if p.requires_grad] + (list(value_head.parameters()) if value_head else [])
-    question = None
-    if args.classifier in ("generative", "both"):
-        encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
-        question = (chat.next_prompt(QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
     return SimpleNamespace(
         args=args, games=games, pool=pool, folder=folder, prompt="short" if ours else "instructions", chat=chat,
-        tokenizer=tokenizer, model=model, reference=reference, value_head=value_head, question=question,
+        tokenizer=tokenizer, model=model, reference=reference, value_head=value_head,
+        question=make_question(chat) if args.classifier in ("generative", "both") else None,
         engine=make_engine(args, model, chat, folder), engine_restarts=0, accelerator=accelerator,
         shared=accelerator if processes > 1 else None,  # None where one process works alone
-        optimizer=torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
+        optimizer=make_optimizer(args, model, value_head),
         skipped_in_a_row=0, done=0, board=None)
+
+
+def make_optimizer(args, model, value_head):
+    """AdamW. The value head has a group and a rate of its own: at a language model's 1e-6 it would never learn (and one
+    group must not mix weights that are spread over processes with weights that are not)."""
+    parts = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": args.lr, "peak": args.lr}]
+    if value_head is not None:
+        parts.append({"params": list(value_head.parameters()), "lr": args.head_lr, "peak": args.head_lr})
+    return torch.optim.AdamW(parts, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 def in_half(args):
@@ -122,10 +127,12 @@ def make_engine(args, model, chat, folder):
                       "bfloat16" if in_half(args) else "float32", args.engine_memory, args.tensor_parallel, args.seed)
 
 
-def prepare(run):
-    """The run's folder; the last checkpoint where one is resumed, else what comes before the first iteration. OSError."""
+def prepare(run, label, weigh):
+    """The run's folder; the last checkpoint where one is resumed, else what comes before the first iteration.
+
+    label, weigh: as train.py's loop calls them. Raises OSError."""
     from support.run import evaluation
-    from support.warmup import introduce_question
+    from support.warmup import warm_up
     from torch.utils.tensorboard import SummaryWriter
     args = run.args
     os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
@@ -138,10 +145,11 @@ def prepare(run):
         run.board = SummaryWriter(args.out, purge_step=run.done + 1)
     if run.done == 0:
         if main:
-            log(args.out, run.board, 0, evaluation(run, [args.level], 0))
-            if run.question and args.question_warmup:
-                introduce_question(run)
+            if args.warmup_updates:
+                warm_up(run, label, weigh)
         head = list(run.value_head.parameters()) if run.value_head else []
         for parameter in [*(run.model.parameters() if not args.shard else []), *head]:
             parameter.data.copy_(broadcast(parameter.data))  # all begin with the first process's weights
     sync(run.engine, run.model)
+    if run.done == 0 and main:
+        log(args.out, run.board, 0, evaluation(run, [args.level], 0))

@@ -1,57 +1,65 @@
-"""Before RL: let a policy that never saw the classifier's question learn to answer it at all.
+"""Before RL: a policy that never saw the classifier's question learns to answer it at all.
 
 A language model knows what "good or bad?" asks for. A policy trained on games alone gives the verdicts a probability of
 e^-24; then -log pi(verdict) drowns the reward, and what follows the assistant's header becomes a verdict everywhere, in
-the place of actions too (see EXPERIMENTS.md).
+the place of actions too (see EXPERIMENTS.md). So: supervised updates on L_cls - log pi(own sampled tokens), where the
+second term keeps the policy where it is. Every arm of a comparison gets the same updates on the same episodes, GRPO alone
+with the second term only; evaluation "before" comes after them, where RL starts.
 """
 
 import torch
+from tqdm import tqdm
 
-from classifier_loss import balanced_choice, class_weights, generative_loss, rule_labels
+from classifier_loss import generative_loss, value_head_loss
 from games import levels
-from grpo import token_weights
 from rollout import play
 from support.batches import forward, lay_out, micro_batches
 
 
-def introduce_question(run):
-    """Teach the question on one round of the policy's own episodes, with an optimizer that is thrown away."""
-    args = run.args
-    games = levels.sample_games(run.games, args.tasks, args.seed * 1_000_003)
-    episodes, _ = play(run.engine, run.pool, run.chat, games, args.group_size, args.max_steps, args.max_context,
-                       args.seed * 1_000_003, args.show_actions)
-    optimizer = torch.optim.AdamW(run.model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    first, last = teach_question(run.model, optimizer, episodes, run.question, args.question_warmup,
-                                 max_tokens=args.micro_tokens, seed=args.seed)
-    print(f"taught the classifier's question: loss {first:.2f} -> {last:.2f} in {args.question_warmup} updates", flush=True)
+def warm_up(run, label, weigh):
+    """`supervise` on one round of the policy's own episodes, with an optimizer that is thrown away."""
+    args, seed = run.args, run.args.seed * 1_000_003
+    games = levels.sample_games(run.games, args.tasks, seed)
+    episodes, _ = play(run.engine, run.pool, run.chat, games, args.group_size, args.max_steps, args.max_context, seed,
+                       args.show_actions)
+    parts = [{"params": list(part["params"]), "lr": part["peak"]} for part in run.optimizer.param_groups]
+    optimizer = torch.optim.AdamW(parts, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def draw(generator):
+        batch = lay_out([episodes[i] for i in torch.randperm(len(episodes), generator=generator)[:32].tolist()])
+        batch.advantages = 2 * batch.won.float() - 1  # for labels by outcome
+        batch.labels = label(batch)
+        return weigh(args, batch, int(torch.randint(2**31, (), generator=generator)))
+
+    first, last = supervise(run.model, optimizer, draw, run.question, run.value_head, args.warmup_updates,
+                            args.micro_tokens, args.seed)
+    if args.classifier != "none":
+        print(f"warm-up: L_cls {first:.2f} -> {last:.2f} in {args.warmup_updates} supervised updates   (--warmup-updates)",
+              flush=True)
 
 
-def teach_question(model, optimizer, episodes, question, updates=40, share=32, max_tokens=8192, seed=0):
-    """Supervised updates on -log pi(verdict) - log pi(own sampled tokens); the second term keeps the policy where it is.
+def supervise(model, optimizer, draw, question=None, value_head=None, updates=40, max_tokens=8192, seed=0):
+    """Updates on L_cls - sum_t w_t log pi(own token t). `draw(generator)`: a weighed batch of own episodes.
 
-    Returns the generative loss of the first and the last update.
+    Returns L_cls at the first and at the last update.
     """
     model.train()
     losses, generator = [], torch.Generator().manual_seed(seed)
-    for _ in range(updates):
-        chosen = torch.randperm(len(episodes), generator=generator)[:share].tolist()
-        batch = lay_out([episodes[i] for i in chosen])
-        batch.labels = rule_labels(batch.won, batch.flawed)
-        batch.token_weights = token_weights(batch.step_of_token, batch.episode_of_step[batch.step_of_token])
-        asked = torch.full_like(batch.labels, -1)
-        chosen = balanced_choice(batch.labels, batch.episode_of_step, 3, torch.Generator().manual_seed(0))
-        asked[chosen] = batch.labels[chosen]
-        batch.question_weights = class_weights(asked)
+    for _ in tqdm(range(updates), desc="warm-up", leave=False):
+        batch, total = draw(generator), 0.0
         optimizer.zero_grad(set_to_none=True)
-        total = 0.0
         for micro in micro_batches(batch.episodes, max_tokens):
             part = batch.part(micro, next(model.parameters()).device)
-            out = forward(model, part.sequences, part.sampled, branches=part.branches(question))
-            weights = part.question_weights[part.question_weights > 0]
-            generative = generative_loss(out["verdicts"], weights) if len(weights) else 0.0
-            (generative - (part.token_weights * out["logprobs"]).sum()).backward()
-            total += float(generative.detach()) if len(weights) else 0.0
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            out = forward(model, part.sequences, part.sampled, branches=part.branches(question), value_head=value_head,
+                          action_ends=part.action_ends)
+            classifier = torch.zeros((), device=out["logprobs"].device)
+            if "verdicts" in out:
+                classifier = classifier + generative_loss(out["verdicts"], part.question_weights[part.question_weights > 0])
+            if "values" in out:
+                classifier = classifier + value_head_loss(out["values"], part.labels, part.value_weights)
+            (classifier - (part.token_weights * out["logprobs"]).sum()).backward()
+            total += classifier.item()
+        torch.nn.utils.clip_grad_norm_([p for part in optimizer.param_groups for p in part["params"]], 1.0)
         optimizer.step()
         losses.append(total)
     return losses[0], losses[-1]

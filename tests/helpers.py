@@ -9,8 +9,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import train  # noqa: E402
-from classifier_loss import balanced_choice, class_weights, rule_labels  # noqa: E402
-from grpo import group_advantages, token_weights  # noqa: E402
+from grpo import group_advantages  # noqa: E402
 from support.batches import lay_out, micro_batches, sampled_logprobs  # noqa: E402, F401
 from support.processes import clip_gradients  # noqa: E402
 from support.run import step_if_finite  # noqa: E402
@@ -22,30 +21,22 @@ def advantages_of(episodes):
     return group_advantages(batch.reward, batch.group)[0]
 
 
-def make_batch(episodes, advantages, questions_per_episode=0, seed=0):
+def make_batch(episodes, advantages, questions=3, labels="flaws", seed=0):
     """A batch with all its weights; `advantages`: (E,)."""
     batch = lay_out(episodes)
     batch.advantages = advantages[batch.episode_of_step]
-    batch.labels = rule_labels(batch.won, batch.flawed)
-    batch.token_weights = token_weights(batch.step_of_token, batch.episode_of_step[batch.step_of_token])
-    batch.value_weights = class_weights(batch.labels)
-    asked = torch.full_like(batch.labels, -1)
-    if questions_per_episode:
-        generator = torch.Generator().manual_seed(seed)
-        chosen = balanced_choice(batch.labels, batch.episode_of_step, questions_per_episode, generator)
-        asked[chosen] = batch.labels[chosen]
-    batch.question_weights = class_weights(asked)
-    return batch
+    batch.labels = train.LABELS[labels](batch)
+    return train.weigh(SimpleNamespace(labels=labels, weighting="token", questions=questions), batch, seed)
 
 
-def update(model, value_head, optimizer, batch, question=None, clip=0.2, kl_coef=0.0, classifier_coef=0.0, temperature=1.0,
-           max_tokens=8192, max_norm=1.0, accelerator=None):
+def update(model, value_head, optimizer, batch, question=None, clip=0.2, kl_coef=0.0, classifier_coef=0.0,
+           temperature=1.0, max_tokens=8192, max_norm=1.0, accelerator=None):
     """One optimizer step; returns the dictionary of sums."""
     args = SimpleNamespace(clip=clip, kl_coef=kl_coef, classifier_coef=classifier_coef, temperature=temperature,
                            micro_tokens=max_tokens, out="")
     run = SimpleNamespace(args=args, model=model, value_head=value_head, optimizer=optimizer, question=question,
                           shared=accelerator, skipped_in_a_row=0, accelerator=accelerator)
     sums = train.gradients(args, run, batch)
-    sums["grad_norm"] = clip_gradients([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+    sums["grad_norm"] = clip_gradients([p for part in optimizer.param_groups for p in part["params"]], max_norm)
     step_if_finite(run, batch, sums)
     return sums

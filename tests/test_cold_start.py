@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from games import levels
-from classifier_loss import BAD, GOOD
 from cold_start import cold_start
 from support.demonstrations import expert_episodes, play_expert, write_messages
-from rollout import QUESTION
 from support.policies import tiny_model, train_tokenizer
 from rollout import SYSTEM, ChatFormat
-from helpers import lay_out, sampled_logprobs
-from support.warmup import teach_question
+from helpers import lay_out, make_batch, sampled_logprobs
+from support.batches import make_question
+from support.warmup import supervise
 
 
 @pytest.mark.parametrize("env", levels.ENVS)
@@ -71,10 +70,9 @@ def test_supervised_training_learns_the_experts_tokens_and_padding_does_not_coun
 
 def test_teaching_the_question_leaves_the_actions_alone(model, chat, episodes):
     """The verdicts become likely; the policy's own tokens stay as likely as they were, or nearly."""
-    encode = lambda text: chat.tokenizer.encode(text, add_special_tokens=False)
-    question = (chat.next_prompt(QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    first, last = teach_question(model, optimizer, episodes, question, updates=40)
+    whole = make_batch(episodes, torch.zeros(len(episodes)))
+    first, last = supervise(model, optimizer, lambda generator: whole, make_question(chat), updates=40)
     assert first > 3.0 and last < 1.0
     batch = lay_out(episodes)
     assert sampled_logprobs(model, batch, 1.0, 8192).mean() > batch.old_logprobs.mean() - 0.1

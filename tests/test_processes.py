@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-import rollout
+from support.batches import make_question
 from support import policies
 from helpers import advantages_of, make_batch, micro_batches, update
 
@@ -45,10 +45,8 @@ def launch(*arguments, **keywords):
 @pytest.mark.parametrize("how", ["replicated", "sharded"])
 def test_two_processes_make_the_single_process_s_step(how, model, chat, episodes, tmp_path):
     """Micro-batches are shared out, weights and gradients are those of the whole batch; both classifier losses on."""
-    from classifier_loss import BAD, GOOD
-    encode = lambda text: chat.tokenizer.encode(text, add_special_tokens=False)
-    question = (chat.next_prompt(rollout.QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
-    batch, head = make_batch(episodes, advantages_of(episodes), questions_per_episode=2), torch.nn.Linear(32, 1)
+    question = make_question(chat)
+    batch, head = make_batch(episodes, advantages_of(episodes)), torch.nn.Linear(32, 1)
     size = next(n for n in range(200, 2000, 50) if len(micro_batches(batch.episodes, n)) in (3, 5))  # one process has more to do
     path = str(tmp_path / "work.pickle")
     with open(path, "wb") as file:

@@ -15,7 +15,7 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = ["--games", "generated", "--iterations", "4", "--tasks", "2", "--group-size", "2", "--max-steps", "4",
-         "--eval-games", "3", "--save-every", "2", "--workers", "1", "--classifier", "both", "--updates", "2"]
+         "--eval-games", "3", "--save-every", "2", "--workers", "1", "--classifier", "both", "--updates", "2", "--warmup-updates", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,9 @@ def test_metrics_have_what_the_readme_promises(small_policy, tmp_path):
     wanted = {"success", "reward", "malformed", "inadmissible", "no_effect", "repeated", "groups_without_signal",
               "policy_loss", "generative_loss", "value_loss", "kl", "clip_fraction", "entropy", "tokens"}
     assert all(wanted - {"generative_loss"} <= set(row) for row in rows[1:])
-    assert any("accuracy_bad" in row and "generative_loss" in row and "accuracy_value_bad" in row for row in rows[1:])
+    assert all(0 <= row["accuracy_value_bad_lost"] <= 1 and row["count_value_bad_lost"] > 0 for row in rows[1:])
+    assert rows[1]["grad_norm_grpo"] >= 0 and rows[1]["grad_norm_classifier"] > 0 and "grad_norm_grpo" not in rows[2]
+    assert all(row["engine_gap"] < 1e-4 for row in rows[1:])
 
 
 @pytest.mark.parametrize("arguments, message", [
