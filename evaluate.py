@@ -26,7 +26,6 @@ from games import levels
 from games.players import play_expert, random_agent
 from games.pool import EnvPool
 from rollout import FLAWS, Episode, Step, flaw_rates, judge, play
-from engines.torch_engine import TorchEngine
 
 NORMAL = 1.959964  # 97.5% quantile
 
@@ -202,10 +201,15 @@ def main():
     parser.add_argument("--count", type=int, help="so many of the games only, for a quick look")
     parser.add_argument("--max-steps", type=int, help="default 20 on generated games, 50 on official ones, 30 in "
                         "ScienceWorld, 15 on its short tasks")
-    parser.add_argument("--max-new-tokens", type=int, help="per answer (default 24 for our tiny policies, 512 for others)")
-    parser.add_argument("--max-context", type=int, help="tokens (default 2048 for our tiny policies, 8192 for others)")
-    parser.add_argument("--show-actions", action="store_true", help="name the admissible commands in every observation")
-    parser.add_argument("--temperature", type=float, default=1.0, help="1 samples as in training, 0 is greedy")
+    as_trained = "as the checkpoint was trained; else "
+    parser.add_argument("--engine", choices=["auto", "torch", "vllm"], help=f"who samples ({as_trained}torch)")
+    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], help=f"({as_trained}float32)")
+    parser.add_argument("--max-new-tokens", type=int, help=f"per answer ({as_trained}as train.py)")
+    parser.add_argument("--max-context", type=int, help=f"tokens of an episode ({as_trained}as train.py)")
+    parser.add_argument("--show-actions", action="store_true", default=None,
+                        help=f"name the admissible commands in every observation ({as_trained}not)")
+    parser.add_argument("--temperature", type=float, help=f"0 is greedy ({as_trained}1)")
+    parser.set_defaults(shard=False, engine_memory=0.9, tensor_parallel=1)
     parser.add_argument("--seed", type=int, default=0, help="for sampling; the games are always the same")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="environment processes")
     parser.add_argument("--batch", type=int, default=128, help="episodes played side by side")
@@ -230,7 +234,8 @@ def main():
 def run(args, folder):
     import torch
 
-    from support.policies import SHIPPED, load_policy, make_chat, notes_of
+    from support.policies import SHIPPED, notes_of
+    from support.setup import PLAYED, player
     folder = folder or os.path.join(os.path.dirname(os.path.abspath(__file__)), "policies", SHIPPED[args.env])
     kind = levels.choose_games(args.games, args.env)
     ours = args.agent == "model" and notes_of(folder).get("prompt") == "short"
@@ -241,18 +246,16 @@ def run(args, folder):
     else:
         games = levels.level_games(args.env, args.level, "test", args.games, types, args.count, quiet)
     steps = args.max_steps or levels.max_steps(kind, types)
-    about = {"agent": args.agent, "model": folder if args.agent == "model" else None, "env": args.env, "games_from": kind,
-             "level": None if args.split else args.level, "split": args.split, "max_steps": steps,
-             "temperature": args.temperature, "seed": args.seed}
+    about = {"agent": args.agent, "env": args.env, "games_from": kind, "level": None if args.split else args.level,
+             "split": args.split, "max_steps": steps, "seed": args.seed}
     with EnvPool(args.workers) as pool:
         if args.agent != "model":
             return {**about, **reference_result(args.agent, games, pool, steps, args.seed)}
-        device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer = load_policy(folder, device)
-        chat, _ = make_chat(tokenizer, args.env, folder)
-        engine = TorchEngine(model, chat.eos, args.temperature, args.max_new_tokens or (24 if ours else 512))
-        result, _ = evaluate(engine, pool, chat, games, steps, args.seed, args.batch,
-                             args.max_context or (2048 if ours else 8192), args.show_actions)
+        args = argparse.Namespace(**vars(args))  # two checkpoints may have been trained in two ways
+        args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        engine, chat = player(args, folder)
+        about |= {"model": folder, **{name: getattr(args, name) for name in PLAYED}}
+        result, _ = evaluate(engine, pool, chat, games, steps, args.seed, args.batch, args.max_context, args.show_actions)
         return {**about, **result}
 
 

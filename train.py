@@ -34,9 +34,9 @@ from support.batches import deal, forward, lay_out, micro_batches
 from support.logs import Tally
 from support.policies import sync
 from support.processes import add_up, clip_gradients, is_sharded, own_share
-from support.run import (collect_episodes, compare_engine, finish_iteration, gradient_norms_apart, score,
+from support.run import (collect_episodes, compare_engine, finish_iteration, gradient_norms_apart, prepare, score,
                          set_rate, step_if_finite)
-from support.setup import check, prepare, setup
+from support.setup import check, setup
 
 
 LABELS = {  # --labels: from the steps of an iteration to good (1), bad (0), left out (-1); (S,) long each

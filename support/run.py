@@ -4,63 +4,105 @@
 """
 
 import contextlib
+import json
 import math
 import os
 import sys
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 
 from evaluate import evaluate, table
 from games import levels
 from grpo import truncated_importance
 from rollout import play
 from support.batches import sampled_logprobs
-from support.checkpoints import checkpoints, save_checkpoint
+from support.checkpoints import checkpoints, load_checkpoint, save_checkpoint, write_atomically
 from support.curves import draw
 from support.logs import line_of, log, metrics_of, write_samples
-from support.policies import sync
+from support.policies import plain_state_dict, sync
 from support.processes import clip_gradients
-from support.setup import make_engine
+from support.setup import PLAYED, make_engine
+from support.warmup import warm_up
+
+
+def prepare(run, label, weigh):
+    """The run's folder; the last checkpoint where one is resumed, else what comes before the first iteration.
+
+    label, weigh: as train.py's loop calls them. Raises OSError."""
+    from torch.utils.tensorboard import SummaryWriter
+    args = run.args
+    os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+    main = run.accelerator.is_main_process
+    if args.resume:
+        run.done = load_checkpoint(args.out, run.model, run.optimizer, run.value_head, args.device, main)
+    if main:
+        write_atomically(os.path.join(args.out, "config.json"),
+                         json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1))
+        run.board = SummaryWriter(args.out, purge_step=run.done + 1)
+    if run.done == 0:
+        if main:
+            if args.warmup_updates:
+                warm_up(run, label, weigh)
+        head = list(run.value_head.parameters()) if run.value_head else []
+        for parameter in [*(run.model.parameters() if not args.shard else []), *head]:
+            parameter.data.copy_(broadcast(parameter.data))  # all begin with the first process's weights
+    sync(run.engine, run.model)
+    if run.done == 0 and main:
+        log(args.out, run.board, 0, evaluation(run, [args.level], 0))
 
 
 def collect_episodes(run, games, seed):
     """Whole groups of episodes: each process plays its share of the games; then all have all.
 
-    Returns (episodes sorted by group, report: seconds, messages on bad games). Ends the run where there are no episodes.
+    Returns (episodes sorted by group, report of all processes: seconds, bad games, restarts). Ends the run where there
+    are no episodes.
     """
     args, rank, processes = run.args, run.accelerator.process_index, run.accelerator.num_processes
     episodes, report = play_or_restart(run, games[rank::processes], seed + 500_009 * rank)
     for episode in episodes:
         episode.group = episode.group * processes + rank
+    reports = gather_object([{**report, "worker_restarts": run.pool.restarts}])
+    report = {"seconds_sample": max(r["sample"] for r in reports), "seconds_env": max(r["env"] for r in reports),
+              "bad_games": [line for r in reports for line in r["bad_games"]],
+              "worker_restarts": sum(r["worker_restarts"] for r in reports)}
     episodes = sorted(gather_object(episodes), key=lambda e: e.group)
     if not episodes:
         sys.exit(f"train.py: none of the games can be played: {report['bad_games'][0]}")
     if not all(e.steps for e in episodes):
         sys.exit(f"train.py: --max-context {args.max_context} is too small for a first prompt and one answer")
+    for line in report["bad_games"]:
+        if line not in run.bad_games:
+            run.bad_games.add(line)
+            print(f"skipped: {line}", flush=True)
     for episode in episodes if args.reward == "success" else []:
         episode.reward = float(episode.won)
     return episodes, report
 
 
 def play_or_restart(run, games, seed):
-    """`play`; where vLLM dies under it, once more with a new engine."""
-    args = run.args
+    """`play`; where vLLM dies under it, once more with a new engine. All processes must call it together."""
+    args, failure = run.args, None
     again = lambda: play(run.engine, run.pool, run.chat, games, args.group_size, args.max_steps, args.max_context,
                          seed, args.show_actions)
     try:
-        return again()
+        played = again()
     except Exception as error:
         if args.engine != "vllm":
             raise
-        if run.engine_restarts:
-            sys.exit(f"train.py: vLLM failed again ({type(error).__name__}: {error}). Go on with: python train.py "
-                     f"--resume {args.out}")
-        print(f"vLLM failed ({type(error).__name__}: {error}): restarting it", flush=True)
-        run.engine_restarts += 1
-        run.engine = make_engine(args, run.model, run.chat, run.folder)
-        sync(run.engine, run.model)
-        return again()
+        failure = f"{type(error).__name__}: {error}"
+    if any(gather_object([failure])):
+        # Putting spread weights together takes all processes, also those whose engine is well.
+        weights = plain_state_dict(run.model)
+        if failure and run.engine_restarts:
+            sys.exit(f"train.py: vLLM failed again ({failure}). Go on with: python train.py --resume {args.out}")
+        if failure:
+            print(f"vLLM failed ({failure}): restarting it", flush=True)
+            run.engine_restarts += 1
+            run.engine = make_engine(args, run.model, run.chat, run.folder)
+            run.engine.load(weights)
+            played = again()
+    return played
 
 
 def score(run, batch):
@@ -144,15 +186,15 @@ def finish_iteration(run, iteration, episodes, report, sums, row, minutes_left):
     """One line on the screen, everything in metrics.jsonl and TensorBoard; evaluate at the end; save now and then."""
     args, last = run.args, iteration == run.args.iterations
     if run.accelerator.is_main_process:
-        row = {**metrics_of(episodes, sums), **row, "bad_games": len(report["bad_games"]),
-               "worker_restarts": run.pool.restarts, "seconds_sample": report["sample"], "seconds_env": report["env"]}
+        row = {**metrics_of(episodes, sums), **report, **row, "bad_games": len(report["bad_games"])}
         print(f"{iteration:4d}/{args.iterations}  {line_of(row)}  {minutes_left:.0f} min left", flush=True)
         if last:
             row |= evaluation(run, {"L0": ["L0", "L1"], "L1": ["L1", "L0"], "L2": ["L2"]}[args.level], iteration)
         log(args.out, run.board, iteration, row)
     if iteration % args.save_every == 0 or last:
         save_checkpoint(args.out, run.model, run.tokenizer, run.optimizer, run.value_head, iteration,
-                        write=run.accelerator.is_main_process, started_from=run.folder, prompt=run.prompt)
+                        write=run.accelerator.is_main_process, started_from=run.folder, prompt=run.prompt,
+                        played={name: getattr(args, name) for name in PLAYED})
         if run.accelerator.is_main_process:
             write_samples(args.out, run.tokenizer, episodes, iteration)
             draw([args.out], os.path.join(args.out, "curves.png"))

@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.util
-import json
 import os
 import sys
 import time
@@ -10,16 +9,19 @@ from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 
 from cold_start import make_cold_start
 from engines.torch_engine import TorchEngine
 from games import levels
 from games.pool import EnvPool
 from support.batches import make_question
-from support.checkpoints import load_checkpoint, write_atomically
-from support.logs import log
-from support.policies import load_policy, make_chat, sync, trainable
+from support.policies import compute_in_bfloat16, load_policy, make_chat, notes_of, trainable
+
+
+# What a checkpoint notes of how it was played, so that an evaluation plays it the same way.
+PLAYED = ("engine", "precision", "temperature", "max_new_tokens", "max_context", "show_actions")
+ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0)
 
 
 def check(args, error):
@@ -64,11 +66,7 @@ def setup(args):
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")  # one process speaks
     args.device = args.device if args.device != "auto" else str(accelerator.device)
-    there = importlib.util.find_spec("vllm") is not None
-    if args.engine == "vllm" and not there:
-        raise ValueError("--engine vllm needs vLLM: pip install -r requirements-vllm.txt, or use --engine torch")
-    if args.engine == "auto":
-        args.engine = "vllm" if there and args.device.startswith("cuda") else "torch"
+    choose_engine(args)
     args.out = args.out or f"runs/{args.env}-{args.classifier}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     args.out = broadcast_object_list([args.out])[0]  # the clocks of several processes differ
     games = levels.level_games(args.env, args.level, "train", args.games, args.task_types)
@@ -84,8 +82,7 @@ def setup(args):
     model, reference, tokenizer = trainable(folder, args.device, half, args.lora_rank, args.gradient_checkpointing,
                                             args.kl_coef > 0, args.seed, args.shard)
     chat, ours = make_chat(tokenizer, args.env, folder)
-    args.max_new_tokens = args.max_new_tokens or (24 if ours else 512)
-    args.max_context = args.max_context or (2048 if ours else 8192)
+    fill_limits(args, ours)
     args.lr = args.lr or (5e-4 if ours else 1e-6)
     args.warmup_updates = (40 if ours and not args.shard else 0) if args.warmup_updates is None else args.warmup_updates
     print(f"update  AdamW at {args.lr:g}, {args.updates} steps for {args.tasks} games x {args.group_size} episodes   (--lr, "
@@ -101,7 +98,7 @@ def setup(args):
         engine=make_engine(args, model, chat, folder), engine_restarts=0, accelerator=accelerator,
         shared=accelerator if processes > 1 else None,  # None where one process works alone
         optimizer=make_optimizer(args, model, value_head),
-        skipped_in_a_row=0, done=0, board=None)
+        skipped_in_a_row=0, bad_games=set(), done=0, board=None)
 
 
 def make_optimizer(args, model, value_head):
@@ -110,14 +107,34 @@ def make_optimizer(args, model, value_head):
     parts = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": args.lr, "peak": args.lr}]
     if value_head is not None:
         parts.append({"params": list(value_head.parameters()), "lr": args.head_lr, "peak": args.head_lr})
-    return torch.optim.AdamW(parts, betas=(0.9, 0.95), weight_decay=0.0)
+    return torch.optim.AdamW(parts, **ADAMW)
+
+
+def fill_limits(args, ours):
+    """How long an answer and an episode may grow, in tokens, where the user did not say."""
+    args.max_new_tokens = args.max_new_tokens or (24 if ours else 512)
+    args.max_context = args.max_context or (2048 if ours else 8192)
 
 
 def in_half(args):
+    """Are matrix products in bfloat16?"""
     return args.precision == "bfloat16" or (args.precision == "auto" and args.device.startswith("cuda"))
 
 
+def choose_engine(args):
+    """Replace "auto" by the engine that there is. Raises ValueError where the one asked for is not installed."""
+    there = importlib.util.find_spec("vllm") is not None
+    if args.engine == "vllm" and not there:
+        raise ValueError("--engine vllm needs vLLM: pip install -r requirements-vllm.txt, or use --engine torch")
+    if args.engine == "auto":
+        args.engine = "vllm" if there and args.device.startswith("cuda") else "torch"
+
+
 def make_engine(args, model, chat, folder):
+    """Who samples, by `args`: engine, precision, temperature and limits, as in training so in evaluation.
+
+    model: what the PyTorch engine samples from, already in the precision wanted.
+    """
     if args.engine == "torch":
         if args.shard:  # episodes are sampled from a whole copy: processes that play do not wait for one another
             model = load_policy(folder, args.device, torch.bfloat16 if in_half(args) else torch.float32)[0]
@@ -127,29 +144,20 @@ def make_engine(args, model, chat, folder):
                       "bfloat16" if in_half(args) else "float32", args.engine_memory, args.tensor_parallel, args.seed)
 
 
-def prepare(run, label, weigh):
-    """The run's folder; the last checkpoint where one is resumed, else what comes before the first iteration.
+def player(args, folder):
+    """(engine, chat format) for playing with a saved policy, sampled as it was in training.
 
-    label, weigh: as train.py's loop calls them. Raises OSError."""
-    from support.run import evaluation
-    from support.warmup import warm_up
-    from torch.utils.tensorboard import SummaryWriter
-    args = run.args
-    os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
-    main = run.accelerator.is_main_process
-    if args.resume:
-        run.done = load_checkpoint(args.out, run.model, run.optimizer, run.value_head, args.device, main)
-    if main:
-        write_atomically(os.path.join(args.out, "config.json"),
-                         json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1))
-        run.board = SummaryWriter(args.out, purge_step=run.done + 1)
-    if run.done == 0:
-        if main:
-            if args.warmup_updates:
-                warm_up(run, label, weigh)
-        head = list(run.value_head.parameters()) if run.value_head else []
-        for parameter in [*(run.model.parameters() if not args.shard else []), *head]:
-            parameter.data.copy_(broadcast(parameter.data))  # all begin with the first process's weights
-    sync(run.engine, run.model)
-    if run.done == 0 and main:
-        log(args.out, run.board, 0, evaluation(run, [args.level], 0))
+    args: what `PLAYED` names may be None: then the checkpoint's own notes count, then train.py's defaults.
+    """
+    notes = notes_of(folder).get("played", {})
+    defaults = {"engine": "torch", "precision": "float32", "temperature": 1.0, "show_actions": False}
+    for name in PLAYED:
+        if getattr(args, name) is None:
+            setattr(args, name, notes.get(name, defaults.get(name)))
+    choose_engine(args)
+    model, tokenizer = load_policy(folder, args.device)
+    chat, ours = make_chat(tokenizer, args.env, folder)
+    fill_limits(args, ours)
+    if in_half(args):
+        compute_in_bfloat16(model)
+    return make_engine(args, model, chat, folder), chat

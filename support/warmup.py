@@ -14,6 +14,7 @@ from classifier_loss import generative_loss, value_head_loss
 from games import levels
 from rollout import play
 from support.batches import forward, lay_out, micro_batches
+from support.setup import ADAMW
 
 
 def warm_up(run, label, weigh):
@@ -23,10 +24,10 @@ def warm_up(run, label, weigh):
     episodes, _ = play(run.engine, run.pool, run.chat, games, args.group_size, args.max_steps, args.max_context, seed,
                        args.show_actions)
     parts = [{"params": list(part["params"]), "lr": part["peak"]} for part in run.optimizer.param_groups]
-    optimizer = torch.optim.AdamW(parts, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parts, **ADAMW)
 
     def draw(generator):
-        batch = lay_out([episodes[i] for i in torch.randperm(len(episodes), generator=generator)[:32].tolist()])
+        batch = lay_out([episodes[i] for i in torch.randperm(len(episodes), generator=generator)[:16].tolist()])
         batch.advantages = 2 * batch.won.float() - 1  # for labels by outcome
         batch.labels = label(batch)
         return weigh(args, batch, int(torch.randint(2**31, (), generator=generator)))

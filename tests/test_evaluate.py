@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from games import levels
 
@@ -111,6 +112,30 @@ def test_compare_takes_checkpoints_and_saved_results(tmp_path):
     assert code == 0 and len(json.loads(out)["played"]) == 4
     code, out, error = command("--compare", str(saved), "policies/tiny", *shared)
     assert code == 0 and "McNemar p = 1" in out and "success +0.0 points" in out, error
+
+
+def test_a_checkpoint_is_evaluated_as_it_was_trained(model, tokenizer, tmp_path):
+    """Regression: evaluate.py sampled in float32, at temperature 1, with the PyTorch engine, whatever a run had used."""
+    from types import SimpleNamespace
+    from support.policies import save_policy
+    from support.setup import PLAYED, player
+    played = dict(engine="torch", precision="bfloat16", temperature=0.7, max_new_tokens=7, max_context=99, show_actions=True)
+    save_policy(str(tmp_path / "trained"), model, tokenizer, prompt="short", played=played)
+    save_policy(str(tmp_path / "plain"), model, tokenizer, prompt="short")
+    asked = lambda **given: SimpleNamespace(env="alfworld", device="cpu", shard=False, **{**dict.fromkeys(PLAYED), **given})
+    args = asked()
+    engine, _ = player(args, str(tmp_path / "trained"))
+    assert {name: getattr(args, name) for name in PLAYED} == played
+    assert engine.temperature == 0.7 and engine.max_new_tokens == 7
+    ids = torch.tensor([[5, 6, 7]])
+    half = engine.model.get_decoder()(input_ids=ids).last_hidden_state
+    assert (half - model.get_decoder()(input_ids=ids).last_hidden_state).abs().max() > 1e-4  # bfloat16 arithmetic
+    args = asked(temperature=0.0, precision="float32")  # what the user says counts first
+    engine, _ = player(args, str(tmp_path / "trained"))
+    assert engine.temperature == 0.0 and args.precision == "float32" and args.max_context == 99
+    args = asked()  # nothing noted: train.py's defaults
+    engine, _ = player(args, str(tmp_path / "plain"))
+    assert (engine.temperature, engine.max_new_tokens, args.max_context) == (1.0, 24, 2048)
 
 
 @pytest.mark.parametrize("arguments, message", [
