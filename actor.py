@@ -20,7 +20,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
-def forward(model, sequences, sampled, temperature=1.0, branches=None, value_head=None, action_ends=None):
+def forward(model, sequences, sampled, temperature=1.0, branches=None, value_head=None, action_ends=None,
+            head_layer=-1):
     """One pass over a micro-batch of B episodes.
 
     Args:
@@ -32,6 +33,7 @@ def forward(model, sequences, sampled, temperature=1.0, branches=None, value_hea
         branches: B lists of (end, question ids, verdict ids): asked after tokens[:end]. None: no questions.
         value_head: Linear(D, 1), read at the last token of each action; None: no values.
         action_ends: B lists with the end of each step (its last token is one to the left).
+        head_layer: which hidden state the value head reads: 0 the embeddings, 1 after the first layer, ..., -1 the last.
     Returns a dictionary of flat tensors, in the order episode, then position:
         logprobs (N,) with gradient, entropy (N,) without, of the sampled tokens;
         verdicts (Q,) log-probabilities of the true verdicts, verdict_logits (Q, V) for comparing two words (no gradient);
@@ -42,9 +44,11 @@ def forward(model, sequences, sampled, temperature=1.0, branches=None, value_hea
         sequences, [[(end, question + verdict) for end, question, verdict in asked] for asked in branches])
     device = next(model.parameters()).device
     tokens = tokens.to(device)
-    hidden = model.get_decoder()(input_ids=tokens, position_ids=positions.to(device),
-                                 attention_mask=None if mask is None else mask.to(device),
-                                 use_cache=False).last_hidden_state                             # (B, T, D)
+    deep = value_head is not None and head_layer != -1
+    read = model.get_decoder()(input_ids=tokens, position_ids=positions.to(device),
+                               attention_mask=None if mask is None else mask.to(device),
+                               use_cache=False, output_hidden_states=deep)
+    hidden = read.last_hidden_state                                                             # (B, T, D)
     head = model.get_output_embeddings()
 
     def places(pairs):
@@ -70,7 +74,8 @@ def forward(model, sequences, sampled, temperature=1.0, branches=None, value_hea
             out["verdict_logits"] = head(hidden[rows[first], columns[first] - 1])               # (Q, V)
     if value_head is not None:
         rows, columns = places([(b, end - 1) for b, ends in enumerate(action_ends) for end in ends])
-        out["values"] = value_head(hidden[rows, columns].float())[:, 0]                         # (S,)
+        seen = read.hidden_states[head_layer] if deep else hidden                               # (B, T, D)
+        out["values"] = value_head(seen[rows, columns].float())[:, 0]                           # (S,)
     return out
 
 

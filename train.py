@@ -31,6 +31,7 @@ from classifier_loss import (LEFT_OUT, balanced_weights, choose_questions, flaw_
 from games import levels
 from grpo import group_advantages, grpo_loss, token_weights
 from support.batches import deal, forward, lay_out, micro_batches
+from support.controls import CONTROLS, classifier_coef
 from support.logs import Tally
 from support.policies import sync
 from support.processes import add_up, clip_gradients, is_sharded, own_share
@@ -63,7 +64,8 @@ def train(args, run):
         batch.advantages = of_episode[batch.episode_of_step]                                    # (S,)       eq. 1
 
         # 3. Labels: which single steps were good and which bad, whatever became of the episode.
-        batch.labels = LABELS[args.labels](batch)                                               # (S,)
+        batch.labels = batch.true_labels = LABELS[args.labels](batch)                           # (S,)
+        batch.labels = CONTROLS[args.control](batch, seed)  # unchanged but for a control of the experiment
 
         # 4. Whole groups for each optimizer step; its weights, and what the reference says of its tokens. All of it
         #    before the first step changes the policy.
@@ -74,7 +76,8 @@ def train(args, run):
         sums = []
         for part in batches:
             apart = gradient_norms_apart(run, part, gradients) if not sums and iteration % args.norms_every == 1 else {}
-            sums.append(gradients(args, run, part) | apart)
+            coef = classifier_coef(args, run, part, gradients, weigh, seed)                     # lambda
+            sums.append(gradients(args, run, part, classifier_coef=coef) | apart)
             compare_engine(run, gaps, sums)
             sums[-1]["grad_norm"] = clip_gradients(parameters, args.max_norm)
             step_if_finite(run, part, sums[-1])
@@ -113,7 +116,7 @@ def gradients(args, run, batch, grpo_coef=1.0, classifier_coef=None):
     for micro, ours in own_share(micros, run.shared, even=is_sharded(run.model)):
         part = batch.part(micro, device)  # the tensors below are its slices: (s,) per step, (n,) per sampled token
         out = forward(run.model, part.sequences, part.sampled, args.temperature, branches=part.branches(run.question),
-                      value_head=run.value_head, action_ends=part.action_ends)
+                      value_head=run.value_head, action_ends=part.action_ends, head_layer=args.head_layer)
         if not ours:  # weights are spread: another process counts this one, and waits for our share of them
             (0.0 * out["logprobs"].sum()).backward()
             continue
@@ -218,6 +221,9 @@ def parse_arguments():
     flag("--classifier-coef", type=float, default=0.3, help="lambda")
     flag("--labels", default="flaws", choices=list(LABELS), help="which steps are good, which bad: classifier_loss.py")
     flag("--head-lr", type=float, default=1e-3, help="peak rate of the value head, whatever the policy's is")
+    flag("--head-layer", type=int, default=-1, help="hidden state that the value head reads: 0 the embeddings, 1 after "
+         "the first layer, ..., -1 the last")
+    flag("--control", default="none", choices=list(CONTROLS), help="take something away from L_cls: support/controls.py")
     flag("--questions", type=int, default=3, help="steps that the generative classifier is asked about, per episode "
          "of the batch")
     flag("--warmup-updates", type=int, help="supervised updates on L_cls before RL, in every arm alike (also with "

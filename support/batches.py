@@ -18,7 +18,7 @@ from rollout import QUESTION, VERDICTS
 from support.processes import is_sharded, own_share, through_root
 
 forward = through_root(forward)
-PER_STEP = ("advantages", "labels", "value_weights", "question_weights")
+PER_STEP = ("advantages", "labels", "true_labels", "value_weights", "question_weights")
 PER_TOKEN = ("token_weights", "old_logprobs", "ref_logprobs", "importance")
 
 
@@ -51,6 +51,7 @@ class Batch:
     flawed: torch.Tensor                     # (S,) bool
     advantages: torch.Tensor = None          # (S,)
     labels: torch.Tensor = None              # (S,) long: 1 good, 0 bad, -1 left out
+    true_labels: torch.Tensor = None         # (S,) what they are before a control changes them
     value_weights: torch.Tensor = None       # (S,) in the value head's loss
     question_weights: torch.Tensor = None    # (S,) in the generative loss; 0: not asked
     token_weights: torch.Tensor = None       # (N,), all together sum to 1

@@ -16,6 +16,7 @@ from engines.torch_engine import TorchEngine
 from games import levels
 from games.pool import EnvPool
 from support.batches import make_question
+from support.controls import Detached
 from support.policies import compute_in_bfloat16, load_policy, make_chat, notes_of, trainable
 
 
@@ -38,6 +39,8 @@ def check(args, error):
         error("--shard and --lora-rank do not go together here: with LoRA one process holds the frozen weights whole")
     if args.shard and args.warmup_updates:
         error("--shard needs --warmup-updates 0: the warm-up runs on one process")
+    if args.control == "stop-gradient" and args.classifier != "value":
+        error("--control stop-gradient goes with --classifier value: the generative form has no head of its own to learn")
     if args.lora_rank < 0:
         error("--lora-rank must not be negative")
     if args.tis_clip <= 0:
@@ -90,7 +93,11 @@ def setup(args):
     print(f"loss    GRPO + {args.classifier_coef} * {args.classifier} classifier, labels by {args.labels}   (--classifier, "
           "--classifier-coef, --labels)" if args.classifier != "none" else "loss    GRPO alone   (--classifier)")
     print(f"output  {args.out}   (--out)", flush=True)
-    value_head = torch.nn.Linear(model.config.hidden_size, 1).to(args.device) if args.classifier in ("value", "both") else None
+    head_class = Detached if args.control == "stop-gradient" else torch.nn.Linear
+    value_head = head_class(model.config.hidden_size, 1).to(args.device) if args.classifier in ("value", "both") else None
+    if value_head and not -1 <= args.head_layer <= model.config.num_hidden_layers:
+        raise ValueError(f"--head-layer {args.head_layer}: this model's hidden states are numbered 0 to "
+                         f"{model.config.num_hidden_layers}, and -1 is the last")
     return SimpleNamespace(
         args=args, games=games, pool=pool, folder=folder, prompt="short" if ours else "instructions", chat=chat,
         tokenizer=tokenizer, model=model, reference=reference, value_head=value_head,

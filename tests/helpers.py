@@ -33,7 +33,7 @@ def update(model, value_head, optimizer, batch, question=None, clip=0.2, kl_coef
            temperature=1.0, max_tokens=8192, max_norm=1.0, accelerator=None):
     """One optimizer step; returns the dictionary of sums."""
     args = SimpleNamespace(clip=clip, kl_coef=kl_coef, classifier_coef=classifier_coef, temperature=temperature,
-                           micro_tokens=max_tokens, out="")
+                           micro_tokens=max_tokens, head_layer=-1, out="")
     run = SimpleNamespace(args=args, model=model, value_head=value_head, optimizer=optimizer, question=question,
                           shared=accelerator, skipped_in_a_row=0, accelerator=accelerator)
     sums = train.gradients(args, run, batch)

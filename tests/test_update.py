@@ -219,7 +219,7 @@ def test_gradient_norms_apart_are_those_of_the_two_terms(model, chat, episodes):
     found = []
     for coef in (0.3, 0.6):
         args = SimpleNamespace(clip=0.2, kl_coef=0.0, classifier_coef=coef, temperature=1.0, micro_tokens=500,
-                               classifier="both")
+                               classifier="both", head_layer=-1)
         run = SimpleNamespace(args=args, model=model, value_head=head, optimizer=optimizer, shared=None,
                               question=make_question(chat))
         found.append(gradient_norms_apart(run, batch, train.gradients))
