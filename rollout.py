@@ -12,6 +12,7 @@ is decoded and tokenised again, because that need not give back what was sampled
 This file knows no loss.
 """
 
+import hashlib
 import re
 import time
 from collections import defaultdict
@@ -51,6 +52,9 @@ class Step:
                     that was not told on arrival; ScienceWorld: only where the answer has been read before
       repeated      this command was tried before in this very state
       revisited     it leads back to a state where the episode has been before
+
+    For the credit rules (credit.py): digests of the world's states and of the text that was answered, equal where
+    those are equal. An answer without an action leaves the world as it was: `next_state` is `state`, no reward.
     """
     start: int
     end: int
@@ -60,6 +64,10 @@ class Step:
     no_effect: bool = False
     repeated: bool = False
     revisited: bool = False
+    state: int = None        # before the action
+    next_state: int = None   # after it
+    observation: int = None  # what the policy had just read, whatever the state behind it
+    reward: float = 0.0      # of this step; an episode's reward is their sum
 
     @property
     def flawed(self):
@@ -95,6 +103,11 @@ def flaw_rates(episodes):
     """Share of all steps with each flaw, e.g. {"malformed": 0.0, "repeated": 0.12, ...}."""
     steps = [step for episode in episodes for step in episode.steps]
     return {name: sum(getattr(s, name) for s in steps) / max(1, len(steps)) for name in FLAWS}
+
+
+def digest(text):
+    """64 bits that stand for a text, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 # ------------------------------------------------------------------------------------------------------ the chat format
@@ -140,7 +153,8 @@ class ChatFormat:
 # -------------------------------------------------------------------------------------------------------------- playing
 
 def judge(step, before, after, tried, visited):
-    """Set the flaws of a step between two observations; `tried` and `visited` are this episode's memory."""
+    """Set flaws, states and reward of a step between two observations; `tried`, `visited`: the episode's memory."""
+    step.state, step.next_state, step.reward = before.state, after.state, after.reward
     step.inadmissible = not after.accepted
     step.no_effect = after.accepted and not after.effect
     step.repeated = step.action in tried[before.state]
@@ -198,7 +212,8 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
             engine.submit(slot, episode.tokens)
         return not episode.truncated
 
-    for slot, text in texts_of(now).items():
+    shown = texts_of(now)  # slot -> the text that the next answer will be given to
+    for slot, text in shown.items():
         by_slot[slot].give(chat.first_prompt(text))
     waiting = {slot for slot in now if ask(slot)}
     seconds["env"] += time.perf_counter() - clock
@@ -212,7 +227,9 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
         for slot, ids, logprobs in answers:
             by_slot[slot].sample(ids, logprobs)
             action, end = chat.parse_action(ids), len(by_slot[slot].tokens)
-            by_slot[slot].steps.append(Step(end - len(ids), end, action, malformed=action is None))
+            here = now[slot].state
+            by_slot[slot].steps.append(Step(end - len(ids), end, action, malformed=action is None, state=here,
+                                            next_state=here, observation=digest(shown[slot])))
             if action is not None:
                 commands.append((slot, action))
         after = dict(zip((slot for slot, _ in commands), pool.step(commands)))
@@ -227,6 +244,7 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
             waiting.discard(slot)
             if not now[slot].done:
                 text, ended = texts.get(slot, NO_ACTION), episode.tokens[-1] == chat.eos
+                shown[slot] = text
                 if (text, ended) not in next_prompt:
                     next_prompt[text, ended] = chat.next_prompt(text, ended)
                 episode.give(next_prompt[text, ended])
