@@ -15,7 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
-def token_logprobs(hidden, head, targets, temperature=1.0, max_logits=2**24):
+def token_logprobs(hidden, head, targets, temperature=1.0, max_logits=2**24, entropy_grad=False):
     """Log-probabilities of `targets` and entropies under softmax(head(hidden) / temperature), in float32.
 
     Args:
@@ -23,14 +23,15 @@ def token_logprobs(hidden, head, targets, temperature=1.0, max_logits=2**24):
         head: the output layer, (n, D) -> (n, V).
         targets: (N,) long.
         max_logits: how many logits may exist at a time: 2**24 are 64 MB of float32, and four times that in passing.
-    Returns: (N,) log-probabilities with gradient, (N,) entropies in nats without.
+        entropy_grad: entropies with gradient, for losses on them; else they are only there to be looked at.
+    Returns: (N,) log-probabilities with gradient, (N,) entropies in nats.
     """
     rows = max(1, max_logits // head.weight.shape[0])
 
     def chunk_logprobs(hidden, targets):
         logits = head(hidden).float() / temperature                                 # (n, V)
         normalizer = logits.logsumexp(-1)                                           # (n,)
-        with torch.no_grad():  # H = log Z - sum_v p_v z_v
+        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):  # H = log Z - sum_v p_v z_v
             entropy = normalizer - (torch.softmax(logits, -1) * logits).sum(-1)
         return logits.gather(1, targets[:, None])[:, 0] - normalizer, entropy
 
