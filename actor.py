@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def forward(model, sequences, sampled, temperature=1.0, branches=None, value_head=None, action_ends=None,
-            head_layer=-1):
+            head_layer=-1, entropy_grad=False):
     """One pass over a micro-batch of B episodes.
 
     Args:
@@ -33,9 +33,10 @@ def forward(model, sequences, sampled, temperature=1.0, branches=None, value_hea
         branches: B lists of (end, question ids, verdict ids): asked after tokens[:end]. None: no questions.
         value_head: Linear(D, 1), read at the last token of each action; None: no values.
         action_ends: B lists with the end of each step (its last token is one to the left).
+        entropy_grad: entropies with gradient, for a loss on them.
         head_layer: which hidden state the value head reads: 0 the embeddings, 1 after the first layer, ..., -1 the last.
     Returns a dictionary of flat tensors, in the order episode, then position:
-        logprobs (N,) with gradient, entropy (N,) without, of the sampled tokens;
+        logprobs (N,) with gradient and entropy (N,) of the sampled tokens;
         verdicts (Q,) log-probabilities of the true verdicts, verdict_logits (Q, V) for comparing two words (no gradient);
         values (S,) of the steps, positive for good.
     """
@@ -57,7 +58,8 @@ def forward(model, sequences, sampled, temperature=1.0, branches=None, value_hea
 
     def score(rows, columns, temperature=1.0):
         """(n,), (n,) of the tokens *at* these places: the hidden state one to the left predicts them."""
-        return token_logprobs(hidden[rows, columns - 1], head, tokens[rows, columns], temperature)
+        return token_logprobs(hidden[rows, columns - 1], head, tokens[rows, columns], temperature,
+                              entropy_grad=entropy_grad)
 
     out = {}
     rows, columns = places([(b, t) for b, mask in enumerate(sampled) for t, chosen in enumerate(mask) if chosen])
@@ -79,7 +81,7 @@ def forward(model, sequences, sampled, temperature=1.0, branches=None, value_hea
     return out
 
 
-def token_logprobs(hidden, head, targets, temperature=1.0, max_logits=2**24):
+def token_logprobs(hidden, head, targets, temperature=1.0, max_logits=2**24, entropy_grad=False):
     """Log-probabilities of `targets` and entropies under softmax(head(hidden) / temperature), in float32.
 
     Never all logits at once: a vocabulary of 150,000 and 30,000 sampled tokens make 18 GB of them, and as much again for
@@ -91,14 +93,15 @@ def token_logprobs(hidden, head, targets, temperature=1.0, max_logits=2**24):
         head: the output layer, (n, D) -> (n, V).
         targets: (N,) long.
         max_logits: how many logits may exist at a time: 2**24 are 64 MB of float32, and four times that in passing.
-    Returns: (N,) log-probabilities with gradient, (N,) entropies in nats without.
+        entropy_grad: entropies with gradient, for losses on them; else they are only there to be looked at.
+    Returns: (N,) log-probabilities with gradient, (N,) entropies in nats.
     """
     rows = max(1, max_logits // head.weight.shape[0])
 
     def chunk_logprobs(hidden, targets):
         logits = head(hidden).float() / temperature                                             # (n, V)
         normalizer = logits.logsumexp(-1)                                                       # (n,)
-        with torch.no_grad():  # H = log Z - sum_v p_v z_v
+        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):  # H = log Z - sum_v p_v z_v
             entropy = normalizer - (torch.softmax(logits, -1) * logits).sum(-1)
         return logits.gather(1, targets[:, None])[:, 0] - normalizer, entropy
 

@@ -38,13 +38,14 @@ def group_advantages(rewards, groups, normalize_std=True, eps=1e-6):
     """
     n = int(groups.max()) + 1
     count = torch.bincount(groups, minlength=n)
-    zeros = torch.zeros(n, device=rewards.device)
-    mean = zeros.index_add(0, groups, rewards.float()) / count
-    centered = rewards.float() - mean[groups]
+    rewards = rewards.double()  # in float32 the mean of equal rewards may miss them by a bit, and seem a variance
+    zeros = torch.zeros(n, dtype=rewards.dtype, device=rewards.device)
+    mean = zeros.index_add(0, groups, rewards) / count
+    centered = rewards - mean[groups]
     std = (zeros.index_add(0, groups, centered**2) / count).sqrt()
     signal = std > 1e-8
     advantages = centered / (std[groups] + eps) if normalize_std else centered
-    return torch.where(signal[groups], advantages, torch.zeros_like(advantages)), signal
+    return torch.where(signal[groups], advantages, torch.zeros_like(advantages)).float(), signal
 
 
 def token_weights(step_of_token, episode_of_token, weighting="token"):

@@ -12,6 +12,7 @@ is decoded and tokenised again, because that need not give back what was sampled
 This file knows no loss.
 """
 
+import hashlib
 import re
 import time
 from collections import defaultdict
@@ -34,10 +35,27 @@ SYSTEM_INSTRUCT = {  # for models that were not cold-started on the short one; `
         "dunk {o} in {o} | mix {o} | use {o} on {o} | activate {o} | deactivate {o} | connect {o} to {o} | "
         "disconnect {o} | read {o} | eat {o} | flush {o} | focus on {o} | inventory | wait | wait1. Focus only on what "
         "the task names: focusing on anything else ends it.")}
+TAGS = ("planning", "explore", "reflection", "monitor")  # RLVMR's: each answer opens with one (credit.py)
+SYSTEM_TAGS = {env: text.replace("Reply", "Reply <planning>, <explore>, <reflection> or <monitor>, then")
+               for env, text in SYSTEM.items()}
+THINK = ("You may first think briefly inside <think>...</think>; then write exactly one command inside "
+         "<action>...</action>.")
+THINK_TAGGED = (
+    "First think briefly inside exactly one of four tags: <planning>...</planning> to lay out the steps to the "
+    "goal, <explore>...</explore> to look where you have not looked, <reflection>...</reflection> to correct an "
+    "action that failed, <monitor>...</monitor> to follow your plan; then write exactly one command inside "
+    "<action>...</action>.")
 QUESTION = "good or bad?"  # the generative classifier's, after an action
 VERDICTS = ("bad", "good")  # by label: 0 bad, 1 good
 NO_ACTION = "No action found."  # the observation after an answer without <action>...</action>
 FLAWS = ("malformed", "inadmissible", "no_effect", "repeated", "revisited")
+
+
+def system_prompt(env, short=True, tags=False):
+    """The system prompt: the short one or the instructions, asking for RLVMR's tags or not."""
+    if short:
+        return (SYSTEM_TAGS if tags else SYSTEM)[env]
+    return SYSTEM_INSTRUCT[env].replace(THINK, THINK_TAGGED) if tags else SYSTEM_INSTRUCT[env]
 
 
 @dataclass
@@ -45,12 +63,15 @@ class Step:
     """One turn. `start:end` are the positions of its sampled tokens within the episode's tokens.
 
     The flaws, kept apart (an action may have several):
-      malformed     no single <action>...</action> in the answer
+      malformed     no single <action>...</action> in the answer; in runs with tags, no single tag before it
       inadmissible  the world does not allow the command in this state
       no_effect     admissible, and the world's state is what it was. ALFWorld: looking around counts, it tells nothing
                     that was not told on arrival; ScienceWorld: only where the answer has been read before
       repeated      this command was tried before in this very state
       revisited     it leads back to a state where the episode has been before
+
+    For the credit rules (credit.py): digests of the world's states and of the text that was answered, equal
+    where those are equal. An answer without an action leaves the world as it was: same state, no reward.
     """
     start: int
     end: int
@@ -60,6 +81,11 @@ class Step:
     no_effect: bool = False
     repeated: bool = False
     revisited: bool = False
+    state: int = None        # before the action
+    next_state: int = None   # after it
+    observation: int = None  # what the policy had just read, whatever the state behind it
+    reward: float = 0.0      # of this step; an episode's reward is their sum
+    tag: str = None          # of TAGS, in runs with tags; None in others and where malformed
 
     @property
     def flawed(self):
@@ -91,21 +117,39 @@ class Episode:
         self.logprobs += logprobs
 
 
+def pay_success_only(episodes):
+    """`--reward success`: 1 for a won episode, paid at its last step, in place of the score. In place."""
+    for episode in episodes:
+        for step in episode.steps:
+            step.reward = 0.0
+        episode.reward = float(episode.won)
+        if episode.steps:
+            episode.steps[-1].reward = episode.reward
+
+
 def flaw_rates(episodes):
     """Share of all steps with each flaw, e.g. {"malformed": 0.0, "repeated": 0.12, ...}."""
     steps = [step for episode in episodes for step in episode.steps]
     return {name: sum(getattr(s, name) for s in steps) / max(1, len(steps)) for name in FLAWS}
 
 
+def digest(text):
+    """64 bits that stand for a text, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
 # ------------------------------------------------------------------------------------------------------ the chat format
 
 class ChatFormat:
-    """The tokenizer's own chat template, cut into the two pieces that a growing conversation needs."""
+    """The tokenizer's own chat template, cut into the two pieces that a growing conversation needs.
 
-    def __init__(self, tokenizer, system):
+    tags: whether answers must open with one of TAGS.
+    """
+
+    def __init__(self, tokenizer, system, tags=False):
         if not tokenizer.chat_template:
             raise ValueError(f"the tokenizer in {tokenizer.name_or_path!r} has no chat template: use an instruction-tuned model")
-        self.tokenizer, self.system = tokenizer, system
+        self.tokenizer, self.system, self.tags = tokenizer, system, tags
         self.eos = tokenizer.eos_token_id
 
     def _encode(self, text):
@@ -136,11 +180,24 @@ class ChatFormat:
         found = re.findall(r"<action>(.*?)</action>", self.tokenizer.decode(ids), flags=re.DOTALL)
         return found[0].strip() if len(found) == 1 and found[0].strip() else None
 
+    def parse(self, ids):
+        """(command, tag) of an answer; without tags the tag is None. With tags: <tag>...</tag> first, exactly one
+        of the four, then the action. Both are None where that is not so."""
+        action = self.parse_action(ids)
+        if not self.tags:
+            return action, None
+        text, names = self.tokenizer.decode(ids), "|".join(TAGS)
+        opens = re.match(rf"\s*<({names})>.*?</\1>\s*<action>", text, flags=re.DOTALL)
+        if action is None or not opens or len(re.findall(rf"<(?:{names})>", text)) != 1:
+            return None, None
+        return action, opens[1]
+
 
 # -------------------------------------------------------------------------------------------------------------- playing
 
 def judge(step, before, after, tried, visited):
-    """Set the flaws of a step between two observations; `tried` and `visited` are this episode's memory."""
+    """Set a step's flaws, states and reward between two observations; `tried`, `visited`: its episode's memory."""
+    step.state, step.next_state, step.reward = before.state, after.state, after.reward
     step.inadmissible = not after.accepted
     step.no_effect = after.accepted and not after.effect
     step.repeated = step.action in tried[before.state]
@@ -198,7 +255,8 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
             engine.submit(slot, episode.tokens)
         return not episode.truncated
 
-    for slot, text in texts_of(now).items():
+    shown = texts_of(now)  # slot -> the text that the next answer will be given to
+    for slot, text in shown.items():
         by_slot[slot].give(chat.first_prompt(text))
     waiting = {slot for slot in now if ask(slot)}
     seconds["env"] += time.perf_counter() - clock
@@ -211,8 +269,9 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
         commands = []
         for slot, ids, logprobs in answers:
             by_slot[slot].sample(ids, logprobs)
-            action, end = chat.parse_action(ids), len(by_slot[slot].tokens)
-            by_slot[slot].steps.append(Step(end - len(ids), end, action, malformed=action is None))
+            (action, tag), end, here = chat.parse(ids), len(by_slot[slot].tokens), now[slot].state
+            by_slot[slot].steps.append(Step(end - len(ids), end, action, malformed=action is None, state=here,
+                                            next_state=here, observation=digest(shown[slot]), tag=tag))
             if action is not None:
                 commands.append((slot, action))
         after = dict(zip((slot for slot, _ in commands), pool.step(commands)))
@@ -227,6 +286,7 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
             waiting.discard(slot)
             if not now[slot].done:
                 text, ended = texts.get(slot, NO_ACTION), episode.tokens[-1] == chat.eos
+                shown[slot] = text
                 if (text, ended) not in next_prompt:
                     next_prompt[text, ended] = chat.next_prompt(text, ended)
                 episode.give(next_prompt[text, ended])

@@ -12,18 +12,22 @@ import shutil
 
 import torch
 
-from rollout import SYSTEM, SYSTEM_INSTRUCT, ChatFormat
+from rollout import TAGS, ChatFormat, system_prompt
 from support.processes import shard, whole
 
 SHIPPED = {"alfworld": "tiny", "scienceworld": "tiny-scienceworld"}  # policies in the repository, of each environment
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TAGS = ["<action>", "</action>", "<think>", "</think>"]
+MARKS = ["<action>", "</action>", "<think>", "</think>"]
+TAG_MARKS = [mark for tag in TAGS for mark in (f"<{tag}>", f"</{tag}>")]  # where RLVMR's tags are taught
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
-def train_tokenizer(texts, vocab_size=1024):
-    """A byte-level BPE whose merges never leave a word, so that nearly every word of the games is one token."""
+def train_tokenizer(texts, vocab_size=1024, tags=False):
+    """A byte-level BPE whose merges never leave a word, so that nearly every word of the games is one token.
+
+    tags: RLVMR's four are tokens, too.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -34,7 +38,8 @@ def train_tokenizer(texts, vocab_size=1024):
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL + TAGS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        vocab_size=vocab_size, special_tokens=SPECIAL + MARKS + TAG_MARKS * tags,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False)
     tokenizer.chat_template = CHATML
@@ -54,6 +59,14 @@ def tiny_model(tokenizer, hidden=128, layers=4, heads=4, feed_forward=384, posit
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=positions,
         tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}))
+
+
+def add_tags(model, tokenizer):
+    """RLVMR's tags as tokens of a tiny policy that was made without them, their embeddings new. In place."""
+    new = [tag for tag in TAG_MARKS if tag not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(new, special_tokens=True)
+    if len(tokenizer) > model.config.vocab_size:
+        model.resize_token_embeddings(8 * math.ceil(len(tokenizer) / 8), mean_resizing=False)
 
 
 def load_policy(folder, device="cpu", dtype=torch.float32):
@@ -173,8 +186,21 @@ def save_policy(folder, model, tokenizer, dtype=None, extras=None, state=None, *
 
 def make_chat(tokenizer, env, folder):
     """(chat format, whether it is a tiny policy of ours). Ours knows the short prompt; others need the instructions."""
-    tiny = notes_of(folder).get("prompt") == "short"
-    return ChatFormat(tokenizer, (SYSTEM if tiny else SYSTEM_INSTRUCT)[env]), tiny
+    notes = notes_of(folder)
+    tiny, tags = notes.get("prompt") == "short", bool(notes.get("tags"))
+    return ChatFormat(tokenizer, system_prompt(env, tiny, tags), tags), tiny
+
+
+def answer_tokens(tiny, tags):
+    """How many tokens an answer may have where nobody says: a tagged one tells what is seen before it acts."""
+    return (64 if tags else 24) if tiny else 512
+
+
+def check_tags(folder):
+    """Raises ValueError, one line, where the policy in `folder` was never taught RLVMR's tags."""
+    if not notes_of(folder).get("tags"):
+        raise ValueError(f"--credit rlvmr needs a policy that was taught tags, and {folder} was not: "
+                         f"python cold_start.py --tags --sloppy 0.3 --init {folder} --out NEW, then --model NEW")
 
 
 def notes_of(folder):

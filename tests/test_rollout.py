@@ -10,6 +10,7 @@ from games.game import Observation
 from games.pool import make_world
 import rollout
 from engines import torch_engine
+from games.players import play_expert
 from support.demonstrations import expert_episodes
 
 
@@ -56,6 +57,24 @@ def test_the_pieces_are_the_whole_conversation(chat, pool):
     assert [s.malformed for s in episode.steps] == [False, False, True]
     assert len(episode.tokens) == len(episode.sampled) == len(episode.logprobs)
     assert {l for l, s in zip(episode.logprobs, episode.sampled) if not s} == {0.0}
+
+
+def test_steps_know_the_states_and_the_text_between_which_they_lie(chat, pool):
+    """As the world itself has them, played beside it; an answer without an action changes nothing and earns nothing."""
+    game = levels.generated_game("train", 0)
+    commands = [turn[1] for _, turns, _ in play_expert([game], pool) for turn in turns]
+    answers = ["Well."] + [f"<action>{c}</action><|im_end|>" for c in commands]
+    (episode,), _ = rollout.play(Scripted(chat, answers), pool, chat, [game], 1, max_steps=20)
+    world = make_world("alfworld")
+    seen = [world.reset(game)]
+    seen += [world.step(c) for c in commands]
+    states, texts = [o.state for o in seen], [o.text for o in seen]
+    assert episode.won and [s.reward for s in episode.steps] == [0.0] * len(commands) + [1.0]
+    assert [s.state for s in episode.steps] == states[:1] + states[:-1]
+    assert [s.next_state for s in episode.steps] == states
+    read = texts[:1] + [rollout.NO_ACTION] + texts[1:-1]
+    assert [s.observation for s in episode.steps] == [rollout.digest(text) for text in read]
+    assert episode.steps[0].malformed and len(set(states)) > 3
 
 
 def test_an_answer_cut_off_gets_its_end_given_not_sampled(chat, pool):
