@@ -28,6 +28,7 @@ import torch
 
 from classifier_loss import (LEFT_OUT, balanced_weights, choose_questions, flaw_labels, generative_loss,
                              outcome_labels, rule_labels, value_head_loss)
+from credit import CREDIT
 from games import levels
 from grpo import group_advantages, grpo_loss, token_weights
 from support.batches import deal, forward, lay_out, micro_batches
@@ -36,7 +37,7 @@ from support.logs import Tally
 from support.policies import sync
 from support.processes import add_up, clip_gradients, is_sharded, own_share
 from support.run import (collect_episodes, compare_engine, finish_iteration, gradient_norms_apart, prepare, score,
-                         set_rate, step_if_finite)
+                         set_rate, smooth_entropy, step_if_finite)
 from support.setup import check, setup
 
 
@@ -59,7 +60,7 @@ def train(args, run):
         episodes, report = collect_episodes(run, games, seed)
         batch, played = lay_out(episodes), time.perf_counter()
 
-        # 2. Credit: the outcome, compared with the others of its group, is the advantage of all steps of an episode.
+        # 2. The outcome, compared with the others of its group, is the advantage of all steps of an episode.
         of_episode, signal = group_advantages(batch.reward, batch.group, normalize_std=args.advantage == "std")
         batch.advantages = of_episode[batch.episode_of_step]                                    # (S,)       eq. 1
 
@@ -67,12 +68,15 @@ def train(args, run):
         batch.labels = batch.true_labels = LABELS[args.labels](batch)                           # (S,)
         batch.labels = CONTROLS[args.control](batch, seed)  # unchanged but for a control of the experiment
 
-        # 4. Whole groups for each optimizer step; its weights, and what the reference says of its tokens. All of it
+        # 4. Credit: rules other than GRPO's look at single steps.
+        batch.advantages = CREDIT[args.credit](episodes, args.advantage == "std", batch.labels)  # (S,)
+
+        # 5. Whole groups for each optimizer step; its weights, and what the reference says of its tokens. All of it
         #    before the first step changes the policy.
         batches = [weigh(args, batch.part(share), seed + i) for i, share in enumerate(deal(batch, args.updates))]
         gaps = [score(run, part) for part in batches]
 
-        # 5. Gradients of the loss, clipped; a step.
+        # 6. Gradients of the loss, clipped; a step.
         sums = []
         for part in batches:
             apart = gradient_norms_apart(run, part, gradients) if not sums and iteration % args.norms_every == 1 else {}
@@ -83,7 +87,7 @@ def train(args, run):
             step_if_finite(run, part, sums[-1])
         sync(run.engine, run.model)
 
-        # 6. Log, save, evaluate at the end.
+        # 7. Log, save, evaluate at the end.
         now = time.perf_counter()
         row = {"groups_without_signal": 1.0 - signal.float().mean().item(), "seconds_play": played - clock,
                "seconds_update": now - played}
@@ -116,7 +120,8 @@ def gradients(args, run, batch, grpo_coef=1.0, classifier_coef=None):
     for micro, ours in own_share(micros, run.shared, even=is_sharded(run.model)):
         part = batch.part(micro, device)  # the tensors below are its slices: (s,) per step, (n,) per sampled token
         out = forward(run.model, part.sequences, part.sampled, args.temperature, branches=part.branches(run.question),
-                      value_head=run.value_head, action_ends=part.action_ends, head_layer=args.head_layer)
+                      value_head=run.value_head, action_ends=part.action_ends, head_layer=args.head_layer,
+                      entropy_grad=args.epo > 0)
         if not ours:  # weights are spread: another process counts this one, and waits for our share of them
             (0.0 * out["logprobs"].sum()).backward()
             continue
@@ -124,7 +129,8 @@ def gradients(args, run, batch, grpo_coef=1.0, classifier_coef=None):
             logprobs=out["logprobs"], old_logprobs=part.old_logprobs, advantages=part.advantages[part.step_of_token],
             weights=part.token_weights, clip=args.clip, ref_logprobs=part.ref_logprobs, kl_coef=args.kl_coef,
             importance=part.importance)
-        loss = grpo_coef * loss
+        smooth, parts["turn_entropy"] = smooth_entropy(run, out["entropy"], part, turns=len(batch.labels))
+        loss = grpo_coef * (loss + smooth)                                                      # smooth: 0 but for --epo
         if "verdicts" in out:
             asked = part.question_weights > 0
             parts["generative_loss"] = generative_loss(out["verdicts"], part.question_weights[asked])   # eq. 5a
@@ -211,6 +217,8 @@ def parse_arguments():
     flag("--lr-end", type=float, default=0.0, help="the rate falls to this share of its peak; 1 keeps it constant")
     flag("--clip", type=float, default=0.2, help="clip range of the ratio")
     flag("--kl-coef", type=float, default=0.01, help="weight of the KL to the start; 0 saves its forward pass")
+    flag("--credit", default="grpo", choices=list(CREDIT), help="from outcomes to advantages of single steps: credit.py")
+    flag("--epo", type=float, default=0.0, help="weight of EPO's entropy smoothing (the paper's: 0.001); 0: none")
     flag("--advantage", default="std", choices=["std", "mean"], help="divide by the group's std, or only subtract "
          "its mean")
     flag("--weighting", default="token", choices=["token", "step", "episode"], help="what counts equally in the loss")

@@ -12,13 +12,14 @@ import sys
 import torch
 from accelerate.utils import broadcast, gather_object
 
+from credit import epo, epo_weight
 from evaluate import evaluate, table
 from games import levels
 from grpo import truncated_importance
-from rollout import play
+from rollout import pay_success_only, play
 from support.batches import sampled_logprobs
 from support.checkpoints import checkpoints, load_checkpoint, save_checkpoint, write_atomically
-from support.curves import draw
+from support.curves import draw, read_metrics
 from support.logs import line_of, log, metrics_of, write_samples
 from support.policies import plain_state_dict, sync
 from support.processes import clip_gradients
@@ -36,6 +37,9 @@ def prepare(run, label, weigh):
     main = run.accelerator.is_main_process
     if args.resume:
         run.done = load_checkpoint(args.out, run.model, run.optimizer, run.value_head, args.device, main)
+        run.accelerator.wait_for_everyone()
+        rows = read_metrics(args.out) if run.done else []
+        run.turn_entropies = [row["turn_entropy"] for row in rows if "turn_entropy" in row]
     if main:
         write_atomically(os.path.join(args.out, "config.json"),
                          json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1))
@@ -75,8 +79,8 @@ def collect_episodes(run, games, seed):
         if line not in run.bad_games:
             run.bad_games.add(line)
             print(f"skipped: {line}", flush=True)
-    for episode in episodes if args.reward == "success" else []:
-        episode.reward = float(episode.won)
+    if args.reward == "success":
+        pay_success_only(episodes)
     return episodes, report
 
 
@@ -157,6 +161,21 @@ def set_rate(optimizer, args, iteration):
         part["lr"] = part["peak"] * min(iteration / max(1, args.warmup), args.lr_end + (1.0 - args.lr_end) * left)
 
 
+def smooth_entropy(run, entropies, part, turns):
+    """EPO's term of the loss (credit.epo, eq. 7), 0 without `--epo`, and the part's share of the mean entropy of a turn.
+
+    entropies: (n,) of the part's sampled tokens; turns: of the whole batch. The reference is the mean over all
+    iterations so far.
+    """
+    lengths = torch.bincount(part.step_of_token).tolist()
+    history = run.turn_entropies
+    penalty, entropy = epo(entropies, lengths, turns, sum(history) / len(history) if history else None)
+    if not run.args.epo:
+        return 0.0, entropy
+    # alpha 0.1, and beta falling from 2 to 1 over training, as in the paper's runs
+    return -run.args.epo * (entropy - 0.1 * epo_weight(len(history), run.args.iterations) * penalty), entropy
+
+
 def step_if_finite(run, batch, sums):
     """`optimizer.step()`. A loss or gradient that is not a number changes nothing; three in a row are no accident."""
     finite = math.isfinite(sums["grad_norm"]) and math.isfinite(sums["loss"])
@@ -191,6 +210,7 @@ def finish_iteration(run, iteration, episodes, report, sums, row, minutes_left):
         if last:
             row |= evaluation(run, {"L0": ["L0", "L1"], "L1": ["L1", "L0"], "L2": ["L2"]}[args.level], iteration)
         log(args.out, run.board, iteration, row)
+    run.turn_entropies.append(sum(one["turn_entropy"] for one in sums) / len(sums))
     if iteration % args.save_every == 0 or last:
         save_checkpoint(args.out, run.model, run.tokenizer, run.optimizer, run.value_head, iteration,
                         write=run.accelerator.is_main_process, started_from=run.folder, prompt=run.prompt,

@@ -41,6 +41,8 @@ def check(args, error):
         error("--shard needs --warmup-updates 0: the warm-up runs on one process")
     if args.control == "stop-gradient" and args.classifier != "value":
         error("--control stop-gradient goes with --classifier value: the generative form has no head of its own to learn")
+    if args.epo < 0:
+        error("--epo must not be negative")
     if args.lora_rank < 0:
         error("--lora-rank must not be negative")
     if args.tis_clip <= 0:
@@ -105,7 +107,7 @@ def setup(args):
         engine=make_engine(args, model, chat, folder), engine_restarts=0, accelerator=accelerator,
         shared=accelerator if processes > 1 else None,  # None where one process works alone
         optimizer=make_optimizer(args, model, value_head),
-        skipped_in_a_row=0, bad_games=set(), done=0, board=None)
+        skipped_in_a_row=0, turn_entropies=[], bad_games=set(), done=0, board=None)
 
 
 def make_optimizer(args, model, value_head):

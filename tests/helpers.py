@@ -30,12 +30,12 @@ def make_batch(episodes, advantages, questions=3, labels="flaws", seed=0):
 
 
 def update(model, value_head, optimizer, batch, question=None, clip=0.2, kl_coef=0.0, classifier_coef=0.0,
-           temperature=1.0, max_tokens=8192, max_norm=1.0, accelerator=None):
+           temperature=1.0, max_tokens=8192, max_norm=1.0, accelerator=None, epo=0.0):
     """One optimizer step; returns the dictionary of sums."""
     args = SimpleNamespace(clip=clip, kl_coef=kl_coef, classifier_coef=classifier_coef, temperature=temperature,
-                           micro_tokens=max_tokens, head_layer=-1, out="")
+                           micro_tokens=max_tokens, head_layer=-1, epo=epo, iterations=1, out="")
     run = SimpleNamespace(args=args, model=model, value_head=value_head, optimizer=optimizer, question=question,
-                          shared=accelerator, skipped_in_a_row=0, accelerator=accelerator)
+                          shared=accelerator, skipped_in_a_row=0, turn_entropies=[], accelerator=accelerator)
     sums = train.gradients(args, run, batch)
     sums["grad_norm"] = clip_gradients([p for part in optimizer.param_groups for p in part["params"]], max_norm)
     step_if_finite(run, batch, sums)

@@ -68,9 +68,10 @@ def test_random_target_disturbs_as_much_as_the_true_labels_would(model, chat, ep
     head, batch = torch.nn.Linear(32, 1), make_batch(episodes, advantages_of(episodes))
     batch.true_labels, batch.labels = batch.labels, CONTROLS["random-target"](batch, 3)
     args = SimpleNamespace(control="random-target", classifier="both", classifier_coef=0.3, clip=0.2, kl_coef=0.0, questions=3,
-                           labels="flaws", weighting="token", temperature=1.0, micro_tokens=8192, head_layer=-1)
+                           labels="flaws", weighting="token", temperature=1.0, micro_tokens=8192, head_layer=-1, epo=0.0)
     optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.0)
-    run = SimpleNamespace(model=model, value_head=head, optimizer=optimizer, question=make_question(chat), shared=None)
+    run = SimpleNamespace(args=args, model=model, value_head=head, optimizer=optimizer, question=make_question(chat),
+                          shared=None, turn_entropies=[])
     coef = classifier_coef(args, run, batch, train.gradients, train.weigh, 5)
 
     def length(labels, coef):

@@ -271,3 +271,31 @@ def test_epo_reaches_the_weights_outside_the_band_and_not_inside(limit):
     with torch.no_grad():
         head.weight -= 0.1 * above                                    # a step down the loss: less entropy
     assert token_logprobs(hidden, head, targets)[1].mean() < now
+
+
+def test_the_loop_takes_every_rule_and_smooths_entropy(model, chat, episodes):
+    """GRPO's rule is eq. 1 of grpo.py, bit for bit; EPO's term reaches the policy's gradient, and outside its band alone
+    the penalty does."""
+    from types import SimpleNamespace
+    from grpo import group_advantages
+    from helpers import advantages_of, make_batch, update
+    from support.batches import lay_out
+    from support.run import smooth_entropy
+    batch = lay_out(episodes)
+    for std in (True, False):
+        expected = group_advantages(batch.reward, batch.group, std)[0][batch.episode_of_step]
+        assert torch.equal(CREDIT["grpo"](episodes, std, None), expected)
+    entropies = torch.rand(len(batch.step_of_token)).requires_grad_()
+    run = SimpleNamespace(args=SimpleNamespace(epo=0.01, iterations=4), turn_entropies=[])
+    loss, entropy = smooth_entropy(run, entropies, batch, len(batch.flawed))
+    assert loss.item() == pytest.approx(-0.01 * entropy.item())  # no reference yet: the bonus alone
+    run.turn_entropies = [entropy.item() / 4]                      # far above the band: the penalty pulls it down
+    above, _ = smooth_entropy(run, entropies, batch, len(batch.flawed))
+    assert above.item() > loss.item()
+    run.args.epo = 0.0
+    assert smooth_entropy(run, entropies, batch, len(batch.flawed))[0] == 0.0
+    for episode in episodes:
+        episode.reward = 1.0  # no advantage: only EPO is left
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    assert update(model, None, optimizer, make_batch(episodes, advantages_of(episodes)))["grad_norm"] == 0.0
+    assert update(model, None, optimizer, make_batch(episodes, advantages_of(episodes)), epo=0.01)["grad_norm"] > 0.0

@@ -15,7 +15,8 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = ["--games", "generated", "--iterations", "4", "--tasks", "2", "--group-size", "2", "--max-steps", "4",
-         "--eval-games", "3", "--save-every", "2", "--workers", "1", "--classifier", "both", "--updates", "2", "--warmup-updates", "2"]
+         "--eval-games", "3", "--save-every", "2", "--workers", "1", "--classifier", "both", "--updates", "2", "--warmup-updates", "2", "--epo",
+         "0.01"]
 
 
 @pytest.fixture(scope="module")

@@ -162,7 +162,7 @@ class ToyChat:
     eos = 7
     first_prompt = staticmethod(lambda text: [int(text)])
     next_prompt = staticmethod(lambda text, ended=True: [int(text)])
-    parse_action = staticmethod(lambda ids: str(ids[0]))
+    parse = staticmethod(lambda ids: (str(ids[0]), None))
 
 
 def test_a_two_step_game_is_learnt():
@@ -219,8 +219,8 @@ def test_gradient_norms_apart_are_those_of_the_two_terms(model, chat, episodes):
     found = []
     for coef in (0.3, 0.6):
         args = SimpleNamespace(clip=0.2, kl_coef=0.0, classifier_coef=coef, temperature=1.0, micro_tokens=500,
-                               classifier="both", head_layer=-1)
-        run = SimpleNamespace(args=args, model=model, value_head=head, optimizer=optimizer, shared=None,
+                               classifier="both", head_layer=-1, epo=0.0)
+        run = SimpleNamespace(args=args, model=model, value_head=head, optimizer=optimizer, shared=None, turn_entropies=[],
                               question=make_question(chat))
         found.append(gradient_norms_apart(run, batch, train.gradients))
     assert found[1]["grad_norm_classifier"] == pytest.approx(2 * found[0]["grad_norm_classifier"], rel=1e-4)
