@@ -137,8 +137,9 @@ def evaluate(engine, pool, chat, games, max_steps=20, seed=0, batch=128, max_con
 
 def reference_result(agent, games, pool, max_steps, seed=0):
     """The expert's or the random agent's result, in the same form as a model's."""
-    player = play_expert(games, pool, max_steps) if agent == "expert" else random_agent(games, pool, max_steps, seed)
-    episodes = []
+    episodes, bad = [], []
+    player = (play_expert(games, pool, max_steps, warn=bad.append) if agent == "expert" else
+              random_agent(games, pool, max_steps, seed, warn=bad.append))
     for game, turns, won in player:
         episode, tried, visited = Episode(game, 0, won=won, reward=float(won)), defaultdict(set), set()
         for _, command, before, after in turns:
@@ -147,7 +148,7 @@ def reference_result(agent, games, pool, max_steps, seed=0):
             episode.score = after.score
             judge(episode.steps[-1], before, after, tried, visited)
         episodes.append(episode)
-    return summarize(episodes)
+    return {**summarize(episodes), "bad_games": bad}
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
@@ -235,7 +236,8 @@ def run(args, folder):
     kind = levels.choose_games(args.games, args.env)
     ours = args.agent == "model" and notes_of(folder).get("prompt") == "short"
     types = args.task_types or (["short"] if ours and args.env == "scienceworld" else None)
-    quiet = lambda line: print(line, file=sys.stderr)
+    skipped = []
+    quiet = lambda line: (skipped.append(line), print(line, file=sys.stderr))
     if args.split:
         games = levels.list_games(args.env, args.split, args.games, levels.SHORT if types == ["short"] else types, args.count, quiet)
     else:
@@ -243,17 +245,20 @@ def run(args, folder):
     steps = args.max_steps or levels.max_steps(kind, types)
     about = {"agent": args.agent, "model": folder if args.agent == "model" else None, "env": args.env, "games_from": kind,
              "level": None if args.split else args.level, "split": args.split, "max_steps": steps,
-             "temperature": args.temperature, "seed": args.seed}
+             "temperature": args.temperature, "seed": args.seed, "skipped": skipped}
     with EnvPool(args.workers) as pool:
         if args.agent != "model":
-            return {**about, **reference_result(args.agent, games, pool, steps, args.seed)}
-        device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer = load_policy(folder, device)
-        chat, _ = make_chat(tokenizer, args.env, folder)
-        engine = TorchEngine(model, chat.eos, args.temperature, args.max_new_tokens or (24 if ours else 512))
-        result, _ = evaluate(engine, pool, chat, games, steps, args.seed, args.batch,
-                             args.max_context or (2048 if ours else 8192), args.show_actions)
-        return {**about, **result}
+            result = reference_result(args.agent, games, pool, steps, args.seed)
+        else:
+            device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+            model, tokenizer = load_policy(folder, device)
+            chat, _ = make_chat(tokenizer, args.env, folder)
+            engine = TorchEngine(model, chat.eos, args.temperature, args.max_new_tokens or (24 if ours else 512))
+            result, _ = evaluate(engine, pool, chat, games, steps, args.seed, args.batch,
+                                 args.max_context or (2048 if ours else 8192), args.show_actions)
+    if not result["games"]:
+        raise ValueError(f"none of the {len(games)} games can be played: {result['bad_games'][0]}")
+    return {**about, **result}
 
 
 if __name__ == "__main__":
