@@ -136,8 +136,9 @@ def evaluate(engine, pool, chat, games, max_steps=20, seed=0, batch=128, max_con
 
 def reference_result(agent, games, pool, max_steps, seed=0):
     """The expert's or the random agent's result, in the same form as a model's."""
-    player = play_expert(games, pool, max_steps) if agent == "expert" else random_agent(games, pool, max_steps, seed)
-    episodes = []
+    episodes, bad = [], []
+    player = (play_expert(games, pool, max_steps, warn=bad.append) if agent == "expert" else
+              random_agent(games, pool, max_steps, seed, warn=bad.append))
     for game, turns, won in player:
         episode, tried, visited = Episode(game, 0, won=won, reward=float(won)), defaultdict(set), set()
         for _, command, before, after in turns:
@@ -146,7 +147,7 @@ def reference_result(agent, games, pool, max_steps, seed=0):
             episode.score = after.score
             judge(episode.steps[-1], before, after, tried, visited)
         episodes.append(episode)
-    return summarize(episodes)
+    return {**summarize(episodes), "bad_games": bad}
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
@@ -240,23 +241,28 @@ def run(args, folder):
     kind = levels.choose_games(args.games, args.env)
     ours = args.agent == "model" and notes_of(folder).get("prompt") == "short"
     types = args.task_types or (["short"] if ours and args.env == "scienceworld" else None)
-    quiet = lambda line: print(line, file=sys.stderr)
+    skipped = []
+    quiet = lambda line: (skipped.append(line), print(line, file=sys.stderr))
     if args.split:
         games = levels.list_games(args.env, args.split, args.games, levels.SHORT if types == ["short"] else types, args.count, quiet)
     else:
         games = levels.level_games(args.env, args.level, "test", args.games, types, args.count, quiet)
     steps = args.max_steps or levels.max_steps(kind, types)
     about = {"agent": args.agent, "env": args.env, "games_from": kind, "level": None if args.split else args.level,
-             "split": args.split, "max_steps": steps, "seed": args.seed}
+             "split": args.split, "max_steps": steps, "seed": args.seed, "skipped": skipped}
     with EnvPool(args.workers) as pool:
         if args.agent != "model":
-            return {**about, **reference_result(args.agent, games, pool, steps, args.seed)}
-        args = argparse.Namespace(**vars(args))  # two checkpoints may have been trained in two ways
-        args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        engine, chat = player(args, folder)
-        about |= {"model": folder, **{name: getattr(args, name) for name in PLAYED}}
-        result, _ = evaluate(engine, pool, chat, games, steps, args.seed, args.batch, args.max_context, args.show_actions)
-        return {**about, **result}
+            result = reference_result(args.agent, games, pool, steps, args.seed)
+        else:
+            args = argparse.Namespace(**vars(args))  # two checkpoints may have been trained in two ways
+            args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+            engine, chat = player(args, folder)
+            about |= {"model": folder, **{name: getattr(args, name) for name in PLAYED}}
+            result, _ = evaluate(engine, pool, chat, games, steps, args.seed, args.batch, args.max_context,
+                                 args.show_actions)
+    if not result["games"]:
+        raise ValueError(f"none of the {len(games)} games can be played: {result['bad_games'][0]}")
+    return {**about, **result}
 
 
 if __name__ == "__main__":

@@ -243,6 +243,7 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
     tried = {slot: defaultdict(set) for slot in by_slot}
     visited = {slot: {observation.state} for slot, observation in now.items()}
     next_prompt = {}  # text -> ids; observations recur within a batch
+    broken = set()    # groups whose game broke while it was played
     engine.start(seed)
 
     def ask(slot):
@@ -275,15 +276,22 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
             if action is not None:
                 commands.append((slot, action))
         after = dict(zip((slot for slot, _ in commands), pool.step(commands)))
+        for slot in [slot for slot, answer in after.items() if isinstance(answer, Exception)]:
+            if by_slot[slot].group not in broken:
+                seconds["bad_games"].append(str(after[slot]))
+            broken.add(by_slot[slot].group)
+            del after[slot]
         texts = texts_of(after)
         for slot, *_ in answers:
             episode = by_slot[slot]
+            waiting.discard(slot)
+            if episode.group in broken:
+                continue
             if slot in after:
                 judge(episode.steps[-1], now[slot], after[slot], tried[slot], visited[slot])
                 now[slot] = after[slot]
                 episode.reward += after[slot].reward
                 episode.won, episode.score = after[slot].won, after[slot].score
-            waiting.discard(slot)
             if not now[slot].done:
                 text, ended = texts.get(slot, NO_ACTION), episode.tokens[-1] == chat.eos
                 shown[slot] = text
@@ -296,4 +304,4 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
     for episode in by_slot.values():  # what was given after the last answer is nobody's prompt
         for values in (episode.tokens, episode.sampled, episode.logprobs):
             del values[episode.steps[-1].end if episode.steps else len(values):]
-    return list(by_slot.values()), seconds
+    return [episode for episode in by_slot.values() if episode.group not in broken], seconds

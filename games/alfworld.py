@@ -71,10 +71,12 @@ def remember_pure_work():
         """`PddlEnv` that keeps the loaded game, and the command of each grounded operator."""
 
         def load(self, data):
-            if getattr(self, "_loaded", None) == data["pddl_problem"] + data["grammar"]:
+            texts = data["pddl_domain"], data["pddl_problem"], data["grammar"]
+            if getattr(self, "_loaded", None) == texts:
                 return  # the same game again, as in a group: reset() is enough
+            self._loaded = None  # a load that fails half-way leaves no game
             super().load(data)
-            self._loaded, self._commands = data["pddl_problem"] + data["grammar"], {}
+            self._loaded, self._commands = texts, {}
 
         def _gather_infos(self):
             """As in PddlEnv, without what is not used; a command depends on its operator and constant facts alone."""
@@ -122,6 +124,29 @@ def _stripped(path):
         return path
 
 
+def undeclared(domain, problem):
+    """Predicates that a PDDL problem's facts and goal use and its domain does not declare, sorted.
+
+    The engine ignores such a fact, and plays another game than was written; such a goal makes its library exit.
+
+    >>> undeclared("(define (domain d) (:predicates (clear ?x)) (:action a))", "(:init (clear a)) (:goal (not (claer b)))")
+    ['claer']
+    """
+    words = lambda text: set(re.findall(r"\(\s*([a-z][\w-]*)", text.lower()))
+    head = domain.lower().partition("(:action")[0]  # predicates, and functions such as total-cost
+    facts = problem[problem.lower().find("(:init"):]
+    return sorted(words(facts) - words(head) - {"and", "or", "not", "exists", "forall", "imply"})
+
+
+def one_line(error):
+    """An exception's kind and the first line of what it says: parsers list all that they would have liked better.
+
+    >>> one_line(ValueError("(1:5) Expected one of\\nNAME\\nNUMBER"))
+    'ValueError: (1:5) Expected one of'
+    """
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
 class ALFWorld:
     """One ALFWorld environment: any game, one after the other (the engine object is kept; it is never given back)."""
 
@@ -134,21 +159,31 @@ class ALFWorld:
 
     def reset(self, game):
         """Load a `Game` and return its first observation. Raises BadGame where the engine cannot play it."""
+        self._name = game.name
         try:
             if isinstance(game.source, int):
                 data = houses.generate(game.split, game.source)
             else:
                 with open(game.source) as file:
                     data = json.load(file)
+                unknown = undeclared(data["pddl_domain"], data["pddl_problem"])
+                if unknown:
+                    raise BadGame(f"{game.name}: its domain does not know the predicate {unknown[0]!r}")
             self._env.load(data)
             self._last = None
             return self._observe(self._env.reset())
+        except BadGame:
+            raise
         except Exception as error:  # whatever a broken file makes the translator raise
-            raise BadGame(f"{game.name}: the engine cannot load it ({type(error).__name__}: {error})") from error
+            raise BadGame(f"{game.name}: the engine cannot load it ({one_line(error)})") from error
 
     def step(self, command):
-        state, _, _ = self._env.step(command)
-        return self._observe(state, command)
+        """The observation after a command. Raises BadGame where the game breaks: a grammar without the answer to it."""
+        try:
+            state, _, _ = self._env.step(command)
+            return self._observe(state, command)
+        except Exception as error:
+            raise BadGame(f"{self._name}: the engine cannot play {command!r} in it ({one_line(error)})") from error
 
     def admissible(self):
         return self._last.admissible

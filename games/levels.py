@@ -74,19 +74,23 @@ def choose_games(games, env="alfworld"):
 
 
 def _official_game(split, path, root):
-    """The game in this file, or BadGame with one line that says what is wrong with it."""
+    """The game in this file. Raises BadGame with one line that says what is wrong with it."""
     name = os.path.relpath(os.path.dirname(path), root)
     try:
         with open(path) as file:
             data = json.load(file)
-        if not data["solvable"]:
-            raise BadGame(f"{name}: marked unsolvable")
-        if "move {o} to {r}" not in data["grammar"]:
-            raise BadGame(f"{name}: another ALFWorld version (`put` instead of `move`)")
-        if "pddl_problem" not in data or "pddl_domain" not in data:
-            raise BadGame(f"{name}: no PDDL in it")
-    except (OSError, ValueError, KeyError) as error:
-        raise error if isinstance(error, BadGame) else BadGame(f"{name}: unreadable ({type(error).__name__}: {error})")
+    except (OSError, ValueError) as error:
+        raise BadGame(f"{name}: unreadable ({type(error).__name__}: {error})") from error
+    if not isinstance(data, dict):
+        raise BadGame(f"{name}: no game in it, but JSON's {json.dumps(data)[:20]}")
+    for key in ("pddl_domain", "pddl_problem", "grammar"):
+        if not isinstance(data.get(key), str) or not data[key].strip():
+            raise BadGame(f"{name}: no {key} in it")
+    if not data.get("solvable"):
+        raise BadGame(f"{name}: " + ("marked unsolvable" if "solvable" in data else "not marked solvable"))
+    if "move {o} to {r}" not in data["grammar"]:
+        old = "put {o} in/on {r}" in data["grammar"]
+        raise BadGame(f"{name}: " + ("another ALFWorld version (`put` instead of `move`)" if old else "a cut grammar"))
     return Game("alfworld", split, name, os.path.basename(os.path.dirname(os.path.dirname(path))).split("-")[0], path)
 
 
@@ -104,9 +108,10 @@ def list_games(env="alfworld", split="train", games="auto", task_types=None, cou
         raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS[env])}")
     wanted = named_task_types(env, task_types)
     if env == "scienceworld":
-        found = [Game(env, split, f"{task}/{variation}", task, (task, variation))
-                 for task in sorted(wanted) for variation in variations(task, split)]
-        return found[:count] if not count or count >= len(found) else [found[i * len(found) // count] for i in range(count)]
+        there = {task: variations(task, split) for task in sorted(wanted)}
+        shares = even_shares([len(v) for v in there.values()], count or sum(map(len, there.values())))
+        return [Game(env, split, f"{task}/{v[i]}", task, (task, v[i]))
+                for (task, v), share in zip(there.items(), shares) for i in spread(len(v), share)]
     if choose_games(games) == "generated":
         # A seed's task type is known only after drawing it, so lists of millions stay lazy: names come when played.
         if wanted == list(TASK_TYPES):
@@ -129,10 +134,35 @@ def list_games(env="alfworld", split="train", games="auto", task_types=None, cou
         if count and len(playable) == count:
             break
     if skipped:
-        warn(f"skipped {len(skipped)} of {len(paths)} games: " + "; ".join(skipped[:5]) + (" ..." if skipped[5:] else ""))
+        warn(f"skipped {len(skipped)} of {len(paths)} games: " + "; ".join(skipped[:20]) + (" ..." if skipped[20:] else ""))
     if not playable:
         raise FileNotFoundError(f"no playable games of {split} in {root}")
     return playable
+
+
+def spread(n, k):
+    """`k` of the numbers 0 to n - 1, evenly spaced from 0 on.
+
+    >>> spread(9, 3), spread(5, 4)
+    ([0, 3, 6], [0, 1, 2, 3])
+    """
+    return [i * n // k for i in range(k)]
+
+
+def even_shares(sizes, count):
+    """How many of `count` things each of several groups gives: as equal as the groups' sizes allow.
+
+    >>> even_shares([10, 10, 10], 6), even_shares([1, 10, 10], 9), even_shares([5, 5, 5, 5], 2)
+    ([2, 2, 2], [1, 4, 4], [1, 0, 1, 0])
+    """
+    shares, left = [0] * len(sizes), min(count, sum(sizes))
+    while left:
+        able = [i for i, size in enumerate(sizes) if shares[i] < size]
+        each = max(1, left // len(able))
+        for i in able if left >= len(able) else [able[j] for j in spread(len(able), left)]:
+            given = min(each, sizes[i] - shares[i])
+            shares[i], left = shares[i] + given, left - given
+    return shares
 
 
 def named_task_types(env, task_types=None):

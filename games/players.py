@@ -7,6 +7,7 @@ then: its episodes are won all the same, and full of flaws, which is where reinf
 import random
 
 from games.experts import gold_expert, search_expert, things
+from games.game import BadGame
 
 
 def slip(rng, receptacles, last, before, want, here):
@@ -45,18 +46,55 @@ def science_slip(rng, last, here):
     return [rng.choice(["look around", "inventory"])]
 
 
-def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0):
+def playable(answers, warn):
+    """{slot: answer} of (slot, answer) pairs, without BadGames: `warn` is called with one line for each of those.
+
+    >>> playable([(0, "an observation"), (1, BadGame("trial_7: unreadable"))], warn=print)
+    trial_7: unreadable
+    {0: 'an observation'}
+    """
+    found = {}
+    for slot, answer in answers:
+        if isinstance(answer, BadGame):
+            warn(str(answer))
+        else:
+            found[slot] = answer
+    return found
+
+
+def solutions(games, pool):
+    """ScienceWorld's own solution of each game, made fit for imitation: a list of commands, or BadGame.
+
+    Leaving steps out changes when things happen: a plant is not in flower yet, an animal not hatched. So what
+    `gold_expert` makes of a solution is tried; where it does not win, it stays as it is. Ends all episodes.
+    """
+    gold = pool.gold_paths(games)
+    short = [path if isinstance(path, BadGame) else list(gold_expert(path)) for path in gold]
+    silent = lambda line: None  # whoever plays the solutions will meet it again
+    now = playable(((slot, o) for slot, o in enumerate(pool.reset(games)) if not isinstance(gold[slot], BadGame)), silent)
+    left = {slot: list(short[slot]) for slot in now}
+    while left:
+        asked = [(slot, commands.pop(0)) for slot, commands in left.items() if commands]
+        answers = playable(zip((slot for slot, _ in asked), pool.step(asked)), silent)
+        left, now = {slot: left[slot] for slot, o in answers.items() if left[slot] and not o.done}, now | answers
+    return [short[slot] if slot in now and now[slot].won else path for slot, path in enumerate(gold)]
+
+
+def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0, warn=print):
     """Yields (game, turns, won) per game; turns are (observation, command, before, after).
 
     sloppy: chance of a `slip` before each of the expert's commands. The expert is not told of them.
+    warn: called with one line for each game that cannot be played; it is left out.
     """
     rng = random.Random(seed)
     for begin in range(0, len(games), batch):
         chunk = [games[i] for i in range(begin, min(begin + batch, len(games)))]
-        gold = pool.gold_paths(chunk) if chunk[0].env == "scienceworld" else None  # before reset: it ends all episodes
+        gold = solutions(chunk, pool) if chunk[0].env == "scienceworld" else None  # before reset: it ends all episodes
         first = pool.reset(chunk)
-        now = {s: o for s, o in enumerate(first) if not isinstance(o, Exception)}
-        now = {s: o for s, o in now.items() if not (gold and isinstance(gold[s], Exception))}
+        now = playable(enumerate(first), warn)
+        if gold:
+            solved = playable(((slot, gold[slot]) for slot in now), warn)
+            now = {slot: now[slot] for slot in solved}
         experts, turns, queue, here = {}, {s: [] for s in now}, {}, {}
 
         def plan(slot, want):
@@ -70,13 +108,18 @@ def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0):
 
         for slot, observation in now.items():
             try:
-                experts[slot] = gold_expert(gold[slot]) if gold else search_expert(observation.text)
+                experts[slot] = (c for c in gold[slot]) if gold else search_expert(observation.text)
                 plan(slot, next(experts[slot]))
             except (ValueError, StopIteration):  # a task it does not know, nothing it can do
                 continue
         while queue:
             asked = {slot: commands.pop(0) for slot, commands in queue.items()}
-            for (slot, command), after in zip(asked.items(), pool.step(list(asked.items()))):
+            answers = playable(zip(asked, pool.step(list(asked.items()))), warn)
+            for slot, command in asked.items():
+                if slot not in answers:
+                    del queue[slot], now[slot]
+                    continue
+                after = answers[slot]
                 turns[slot].append((now[slot].text, command, now[slot], after))
                 now[slot] = after
                 if after.done or len(turns[slot]) >= max_steps:
@@ -92,20 +135,24 @@ def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0):
             yield chunk[slot], turns[slot], observation.won
 
 
-def random_agent(games, pool, max_steps, seed=0, batch=64):
+def random_agent(games, pool, max_steps, seed=0, batch=64, warn=print):
     """Yields (game, turns, won) as `play_expert` does: any admissible command, each as likely as the others."""
     for begin in range(0, len(games), batch):
         chunk = [games[i] for i in range(begin, min(begin + batch, len(games)))]
-        first = pool.reset(chunk)
-        now = {s: o for s, o in enumerate(first) if not isinstance(o, Exception)}
+        now = playable(enumerate(pool.reset(chunk)), warn)
         turns, running = {s: [] for s in now}, list(now)
         generators = {s: random.Random(f"{seed} {chunk[s].name}") for s in now}  # whatever batch or worker it is in
         for _ in range(max_steps):
-            chosen = [(s, generators[s].choice(c)) for s, c in zip(running, pool.admissible(running))]
-            for (s, command), after in zip(chosen, pool.step(chosen)):
-                turns[s].append((now[s].text, command, now[s], after))
-                now[s] = after
-            running = [s for s in running if not now[s].done]
+            possible = playable(zip(running, pool.admissible(running)), warn)
+            chosen = {s: generators[s].choice(commands) for s, commands in possible.items()}
+            answers = playable(zip(chosen, pool.step(list(chosen.items()))), warn)
+            for s in running:
+                if s in answers:
+                    turns[s].append((now[s].text, chosen[s], now[s], answers[s]))
+                    now[s] = answers[s]
+                else:
+                    del now[s]
+            running = [s for s in answers if not now[s].done]
             if not running:
                 break
         for s in now:

@@ -20,6 +20,7 @@ from games.game import BadGame, Game
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STARTUP = 60.0  # seconds that a new worker may take to import the games' engine
+PLANNING = 60.0  # and the simulator to solve one of its longest tasks
 
 
 def make_world(env):
@@ -31,10 +32,16 @@ def make_world(env):
     return ScienceWorld()
 
 
+def game_of(what):
+    """The game that a request loads, or None."""
+    return what if isinstance(what, Game) else what[1] if what[0] == "gold_path" else None
+
+
 def worker():
     """Serve pickled batches of requests on standard input until it closes. Started by EnvPool.
 
-    A request is (slot, what): a Game (reset to it), a string (a command), or (method, argument, ...) of the world.
+    A request is (slot, what): a Game (reset to it), a string (a command), ("make", env), or (method, argument, ...) of
+    the slot's world.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which finishes its write and closes us
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -47,19 +54,19 @@ def worker():
             return
         answers = []
         for slot, what in batch:
-            game = what if isinstance(what, Game) else what[1] if what[0] == "gold_path" else None
+            game = game_of(what)
             try:
-                if game is not None:
-                    env_of[slot] = game.env
-                    if (game.env, slot) not in worlds:
-                        worlds[game.env, slot] = make_world(game.env)
+                if game or what[0] == "make":
+                    env_of[slot] = env = game.env if game else what[1]
+                    if (env, slot) not in worlds:
+                        worlds[env, slot] = make_world(env)
                 world = worlds[env_of[slot], slot]
                 if isinstance(what, Game):
                     answers.append(world.reset(what))
                 elif isinstance(what, str):
                     answers.append(world.step(what))
                 else:
-                    answers.append(getattr(world, what[0])(*what[1:]))
+                    answers.append(None if what[0] == "make" else getattr(world, what[0])(*what[1:]))
             except BadGame as error:
                 answers.append(error)
             except Exception as error:
@@ -76,6 +83,8 @@ class EnvPool:
 
     A worker that dies or hangs is replaced, and its episodes are played again up to where they were, by repeating
     their commands: the games are deterministic, and the last observation is compared. `restarts` counts them.
+    A broken game may kill its worker (ALFWorld's planner is a native library, and exits). So a batch that a worker died
+    on is asked again one request at a time; what then kills two more workers is answered by BadGame, from then on too.
     """
 
     def __init__(self, workers=2, timeout=120.0):
@@ -84,6 +93,7 @@ class EnvPool:
         self.last = {}     # slot -> latest Observation
         self.processes = [self._start() for _ in range(self.size)]
         self.owner = {}    # slot -> index of its worker
+        self.deadly = {}   # Game -> the BadGame that is its answer: it kills whoever plays it
 
     def _start(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "ENV_POOL_WORKERS": str(self.size)}
@@ -100,7 +110,7 @@ class EnvPool:
         return self._ask(list(enumerate(games)))
 
     def step(self, commands):
-        """`commands`: list of (slot, command). Returns the Observations in the same order."""
+        """`commands`: list of (slot, command). Returns the Observations in the same order; BadGame where a game broke."""
         return self._ask(list(commands))
 
     def admissible(self, slots):
@@ -118,23 +128,41 @@ class EnvPool:
         self.history = {slot: [] for slot in range(count)}
 
     def _ask(self, requests):
+        answers = {slot: self.deadly[game_of(what)] for slot, what in requests if game_of(what) in self.deadly}
         by_worker = {}
         for slot, what in requests:
-            by_worker.setdefault(self.owner[slot], []).append((slot, what))
+            if slot not in answers:
+                by_worker.setdefault(self.owner[slot], []).append((slot, what))
         sent = {w: self._send(w, batch) for w, batch in by_worker.items()}  # all workers at once ...
-        answers = {}
         for w, batch in by_worker.items():                                 # ... then wait for each
-            reply = self._receive(w, patience=len(batch)) if sent[w] else None
-            for _ in range(3):
-                reply = self._revive(w, batch) if reply is None else reply
+            reply = self._receive(w, batch) if sent[w] else None
             if reply is None:
-                raise RuntimeError(f"an environment worker died four times on {batch[0][1]!r}: see its output above")
-            for (slot, what), answer in zip(batch, reply):
-                answers[slot] = answer
-                if isinstance(what, (Game, str)):
-                    self.history[slot].append(what)
-                    self.last[slot] = answer
+                self._revive(w)
+            for i, (slot, what) in enumerate(batch):
+                answers[slot] = reply[i] if reply is not None else self._alone(w, slot, what)
+                if isinstance(what, (Game, str)):  # what a broken game was asked is never asked again
+                    self.history[slot] = [] if isinstance(answers[slot], BadGame) else self.history[slot] + [what]
+                    self.last[slot] = answers[slot]
         return [answers[slot] for slot, _ in requests]
+
+    def _alone(self, w, slot, what):
+        """The answer to one request out of a batch that killed its worker; BadGame where it kills two more by itself."""
+        game = game_of(what) or self.history[slot][0]
+        for _ in range(2):
+            if game in self.deadly:  # as another episode of its group has shown
+                return self.deadly[game]
+            reply = self._exchange(w, [(slot, what)])
+            if reply is not None:
+                return reply[0]
+            self._revive(w)
+        if self._exchange(w, [(slot, ("make", game.env))]) is None:
+            raise RuntimeError(f"environment workers die before they play anything ({game.env}): see their output above")
+        at = f" at {what!r}" if isinstance(what, str) else ""
+        self.deadly[game] = BadGame(f"{game.name}: kills or hangs the process that plays it{at} (three in a row)")
+        return self.deadly[game]
+
+    def _exchange(self, w, batch):
+        return self._receive(w, batch, patience=STARTUP) if self._send(w, batch) else None
 
     def _send(self, w, batch):
         try:
@@ -144,31 +172,36 @@ class EnvPool:
         except OSError:  # a broken pipe: the worker is gone
             return False
 
-    def _receive(self, w, patience):
-        """The reply of worker w, or None if it died or says nothing for `timeout` + patience seconds."""
+    def _receive(self, w, batch, patience=0.0):
+        """The reply of worker w, or None if it died or says nothing for too long a time."""
         pipe = self.processes[w].stdout
-        if not select.select([pipe], [], [], self.timeout + patience)[0]:  # only its first byte can hang
+        patience += self.timeout + sum(PLANNING if what[0] == "gold_path" else 1.0 for _, what in batch)
+        if not select.select([pipe], [], [], patience)[0]:  # only its first byte can hang
             return None
         try:
             return pickle.load(pipe)
         except (EOFError, pickle.UnpicklingError, OSError):
             return None
 
-    def _revive(self, w, batch):
-        """Replace a dead worker, play its unfinished episodes again, and repeat the request that it died on."""
-        self.restarts += 1
-        self._stop(self.processes[w])
-        self.processes[w] = self._start()
-        for slot, past in self.history.items():
-            if self.owner[slot] == w and past and not getattr(self.last[slot], "done", True):
-                if not self._send(w, [(slot, what) for what in past]):
-                    return None
-                replay = self._receive(w, patience=STARTUP)
-                if replay is None:
-                    return None
-                if replay[-1] != self.last[slot]:
-                    raise RuntimeError(f"{past[0].name} did not replay to the same observation after a worker's death")
-        return self._receive(w, patience=STARTUP) if self._send(w, batch) else None
+    def _revive(self, w):
+        """Replace a dead worker, and play its unfinished episodes again."""
+        for _ in range(3):
+            self.restarts += 1
+            self._stop(self.processes[w])
+            self.processes[w] = self._start()
+            if all(self._replay(w, slot) for slot in self.history if self.owner[slot] == w):
+                return
+        raise RuntimeError("an environment worker died three times while it played its episodes again: see its output above")
+
+    def _replay(self, w, slot):
+        """Bring a slot of a new worker to where it was. False if the worker died again."""
+        past = self.history[slot]
+        if not past or getattr(self.last[slot], "done", True):
+            return True
+        reply = self._exchange(w, [(slot, what) for what in past])
+        if reply is not None and reply[-1] != self.last[slot]:
+            raise RuntimeError(f"{past[0].name} did not replay to the same observation after a worker's death")
+        return reply is not None
 
     @staticmethod
     def _stop(process):

@@ -1,6 +1,5 @@
 """The games: generated houses, the expert, speed without change, flaws, dead workers, broken files."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import pytest
 
 from support import bench
 from games import levels
-from games.game import Observation, BadGame
 from games.pool import make_world
 from games import houses
 from support.demonstrations import play_expert
@@ -136,26 +134,6 @@ def test_a_killed_worker_is_replaced_and_its_episodes_go_on():
         os.kill(pool.processes[1].pid, signal.SIGSTOP)  # hangs instead of dying
         pool.timeout = 1.0
         assert pool.step([(s, "look") for s in range(4)])[3].text == expected[1][3].text and pool.restarts >= 2
-
-
-def test_broken_official_files_are_named_and_skipped(tmp_path, monkeypatch, pool):
-    """A truncated file, an unsolvable game and one of an old ALFWorld beside a good one."""
-    data = houses.generate("train", 3)
-    good = {k: data[k] for k in ("pddl_domain", "grammar", "pddl_problem")} | {"solvable": True}
-    old = {**good, "grammar": good["grammar"].replace("move {o} to {r}", "put {o} in/on {r}")}
-    broken_pddl = {**good, "pddl_problem": good["pddl_problem"][:500]}
-    for name, content in (("a", json.dumps(good)[:300]), ("b", json.dumps({**good, "solvable": False})),
-                          ("c", json.dumps(old)), ("d", json.dumps(good)), ("e", json.dumps(broken_pddl))):
-        folder = tmp_path / "json_2.1.1" / "train" / "pick_and_place_simple-X-None-Y-1" / f"trial_{name}"
-        folder.mkdir(parents=True)
-        (folder / "game.tw-pddl").write_text(content)
-    monkeypatch.setattr(houses, "ALFWORLD_DATA", str(tmp_path))
-    lines = []
-    games = levels.list_games("alfworld", "train", "auto", warn=lines.append)
-    assert [g.name[-1] for g in games] == ["d", "e"] and lines[0].startswith("skipped 3 of 5 games")
-    assert all(word in lines[0] for word in ("unreadable", "unsolvable", "`put` instead of `move`"))
-    fine, bad = pool.reset(games)
-    assert isinstance(fine, Observation) and isinstance(bad, BadGame) and "trial_e" in str(bad)
 
 
 def run_python(code, **environment):
