@@ -9,6 +9,9 @@
         --max-steps 30 --copies 14 --epochs 1 --lr 1e-3 --seed 1
     # for language models: the same with --init FOLDER (at --lr 1e-5 --lm-coef 0 --batch 4), or a dataset for any trainer
     python cold_start.py --env alfworld --jsonl expert.jsonl --episodes 200
+    # RLVMR's format, for train.py --credit rlvmr: each answer opens with a tag; slips give something to reflect on
+    python cold_start.py --out policies/tags --tags --sloppy 0.3 --init policies/tiny --episodes 3000 --epochs 2 \
+        --lr 1.5e-3
 
 **The cold start** imitates an expert: cross-entropy on the expert's answers, and with a small weight on the
 observations as well, since predicting what the world answers teaches a model from scratch to copy names, which
@@ -27,15 +30,17 @@ from games import levels
 from support.demonstrations import expert_episodes, play_expert, write_messages
 from games.pool import EnvPool
 from games.experts import FITS
-from support.policies import SHIPPED, load_policy, make_chat, save_policy, tiny_model, train_tokenizer
-from rollout import NO_ACTION, QUESTION, VERDICTS, SYSTEM, SYSTEM_INSTRUCT, ChatFormat
+from support.policies import SHIPPED, add_tags, load_policy, make_chat, save_policy, tiny_model, train_tokenizer
+from support.tags import thoughts
+from rollout import NO_ACTION, QUESTION, VERDICTS, SYSTEM, ChatFormat, system_prompt
 from actor import token_logprobs
 
 
-def tokenizer_texts(games, pool):
+def tokenizer_texts(games, pool, tags=False):
     """What the policy will read and write: the expert's episodes, and every name ALFWorld has."""
     env = games[0].env
-    texts = ["system\n", "user\n", "assistant\n"] * 1000 + [SYSTEM[env], NO_ACTION, QUESTION, *VERDICTS] * 20
+    texts = ["system\n", "user\n", "assistant\n"] * 1000
+    texts += [system_prompt(env, True, tags), NO_ACTION, QUESTION, *VERDICTS] * 20
     if env == "alfworld":
         names = sorted(set(FITS) | {o for objects in FITS.values() for o in objects} | {"desklamp", "floorlamp"})
         texts += [f" {name}" for name in names] * 20
@@ -48,7 +53,8 @@ def tokenizer_texts(games, pool):
     for _, turns, _ in play_expert(games, pool):
         for observation, command, *_ in turns:
             texts += [observation, command]
-    return texts
+        texts += [text for _, text in thoughts(env, turns)] if tags else []
+    return texts + ["go to desk 1 is not possible. look changed nothing."] * (20 if tags else 0)
 
 
 # ------------------------------------------------------------------------------------------------- supervised training
@@ -152,6 +158,8 @@ def main():
     parser.add_argument("--stop-step", type=int, help="stop after so many updates, in the middle of the schedule: a policy "
                         "that leaves room to learn by reward")
     parser.add_argument("--init", help="start from this policy (its tokenizer too) instead of random weights")
+    parser.add_argument("--tags", action="store_true", help="each answer opens with one of RLVMR's tags: planning, "
+                        "explore, reflection, monitor (with --sloppy, so that some actions fail and are reflected on)")
     parser.add_argument("--jsonl", metavar="FILE", help="train nothing: write the expert's episodes as a chat dataset (messages "
                         "convention, the instructions for language models as system prompt) for any trainer")
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, ...")
@@ -170,13 +178,19 @@ def main():
     with EnvPool(args.workers) as pool:
         if args.jsonl:
             try:
-                count = write_messages(games, pool, SYSTEM_INSTRUCT[args.env], args.jsonl, args.max_steps, args.sloppy, args.seed)
+                count = write_messages(games, pool, system_prompt(args.env, False, args.tags), args.jsonl,
+                                       args.max_steps, args.sloppy, args.seed, args.tags)
             except OSError as error:
                 parser.error(f"cannot write --jsonl {args.jsonl}: {error.strerror}")
             print(f"{count} of {len(games)} games won by the expert: {args.jsonl}")
             return
-        tokenizer = tokenizer or train_tokenizer(tokenizer_texts(games[:400], pool))
-        chat, ours = make_chat(tokenizer, args.env, args.init) if args.init else (ChatFormat(tokenizer, SYSTEM[args.env]), True)
+        tokenizer = tokenizer or train_tokenizer(tokenizer_texts(games[:400], pool, args.tags), tags=args.tags)
+        chat, ours = ChatFormat(tokenizer, system_prompt(args.env, True, args.tags), args.tags), True
+        if args.init:
+            chat, ours = make_chat(tokenizer, args.env, args.init)
+        if args.tags and not chat.tags:  # it is to learn them now
+            chat = ChatFormat(tokenizer, system_prompt(args.env, ours, True), True)
+            add_tags(model, tokenizer, args.seed) if ours else None
         episodes = expert_episodes(games, pool, chat, args.max_steps, sloppy=args.sloppy, seed=args.seed, copies=args.copies)
     model = model or tiny_model(tokenizer, seed=args.seed).to(args.device)
     print(f"{len(episodes)} episodes won by the expert in {len(games)} games and {time.time() - begin:.0f} s; "
@@ -184,7 +198,7 @@ def main():
     cold_start(model, episodes, args.epochs, args.batch, args.lr, args.lm_coef, args.seed, stop=args.stop_step)
     # float16 halves the file; the policy is loaded in float32 and its weights are exact in both.
     save_policy(args.out, model, tokenizer, torch.float16 if ours else None, prompt="short" if ours else "instructions",
-                cold_start=vars(args),
+                tags=chat.tags, cold_start=vars(args),
                 minutes=round((time.time() - begin) / 60, 1))
     print(f"saved {args.out} after {(time.time() - begin) / 60:.1f} minutes")
 

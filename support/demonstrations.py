@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from games.players import COLORS, EGGS, ROOMS, play_expert
 from rollout import Episode, Step
+from support.tags import tagged, thoughts
 
 
 def rename(rng, animals=True):
@@ -27,8 +28,19 @@ def rename(rng, animals=True):
     return lambda text: re.sub(rf"\b(?:({box})(?= box)|({name})\b)", lambda m: other[m[0]], text)
 
 
+def said(tag, thought, command):
+    """An answer's text.
+
+    >>> said(None, "", "look"), said("monitor", "mug 1 is here.", "take mug 1 from bed 1")
+    ('<action>look</action>', '<monitor>mug 1 is here.</monitor><action>take mug 1 from bed 1</action>')
+    """
+    return (tagged(tag, thought) if tag else "") + f"<action>{command}</action>"
+
+
 def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, seed=0, copies=1):
     """The expert's won episodes as `Episode`s: what the expert said counts as sampled, so losses apply as in RL.
+
+    Where `chat` is one with tags, each answer opens with one (support/tags.py).
 
     copies: ScienceWorld has few variations, and a policy learns them by heart; of each episode so many copies are made
     in which boxes, rooms and animals have other names. Then it must read what is meant.
@@ -40,32 +52,34 @@ def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, 
             remembered[text, make] = make(text)
         return remembered[text, make]
 
-    def answer(command):
-        return chat.tokenizer.encode(f"<action>{command}</action>", add_special_tokens=False) + [chat.eos]
+    def answer(text):
+        return chat.tokenizer.encode(text, add_special_tokens=False) + [chat.eos]
 
     episodes, rng = [], random.Random(seed)
     games_played = play_expert(games, pool, max_steps, sloppy=sloppy, seed=seed)
     for game, turns, won in tqdm(games_played, total=len(games), desc="expert episodes", disable=not progress):
         if not won:
             continue
+        openings = thoughts(game.env, turns) if chat.tags else [(None, "")] * len(turns)
         for copy in range(copies):
             say = rename(rng, animals=game.task_type.startswith("find")) if copy else str
             episode = Episode(game, len(episodes), won=True, reward=1.0)
             for i, (observation, command, *_) in enumerate(turns):
                 observation, command = say(observation), say(command)
                 episode.give(chat.first_prompt(observation) if i == 0 else ids(observation, chat.next_prompt))
-                start, new = len(episode.tokens), ids(command, answer)
+                tag, thought = openings[i]
+                start, new = len(episode.tokens), ids(said(tag, say(thought), command), answer)
                 episode.sample(new, [0.0] * len(new))
-                episode.steps.append(Step(start, start + len(new), command))
+                episode.steps.append(Step(start, start + len(new), command, tag=tag))
             episodes.append(episode)
     return episodes
 
 
-def write_messages(games, pool, system, path, max_steps=50, sloppy=0.0, seed=0):
+def write_messages(games, pool, system, path, max_steps=50, sloppy=0.0, seed=0, tags=False):
     """The expert's won episodes as a chat dataset, a JSON object a line: {"messages": [{"role", "content"}, ...], "game"}.
 
-    The convention that TRL, axolotl, LLaMA-Factory and others read. Returns the number of episodes. The file appears
-    whole or not at all; raises OSError.
+    The convention that TRL, axolotl, LLaMA-Factory and others read. tags: each answer opens with one of RLVMR's.
+    Returns the number of episodes. The file appears whole or not at all; raises OSError.
     """
     count = 0
     with open(path + ".partial", "w") as file:
@@ -73,9 +87,10 @@ def write_messages(games, pool, system, path, max_steps=50, sloppy=0.0, seed=0):
             if not won:
                 continue
             messages = [{"role": "system", "content": system}]
-            for observation, command, *_ in turns:
+            openings = thoughts(game.env, turns) if tags else [(None, "")] * len(turns)
+            for (observation, command, *_), (tag, thought) in zip(turns, openings):
                 messages += [{"role": "user", "content": observation},
-                             {"role": "assistant", "content": f"<action>{command}</action>"}]
+                             {"role": "assistant", "content": said(tag, thought, command)}]
             file.write(json.dumps({"messages": messages, "game": game.name}) + "\n")
             count += 1
     os.replace(path + ".partial", path)

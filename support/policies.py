@@ -61,10 +61,10 @@ def tiny_model(tokenizer, hidden=128, layers=4, heads=4, feed_forward=384, posit
         pad_token_id=tokenizer.pad_token_id, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}))
 
 
-def add_tags(model, tokenizer):
+def add_tags(model, tokenizer, seed=0):
     """RLVMR's tags as tokens of a tiny policy that was made without them, their embeddings new. In place."""
-    new = [tag for tag in TAG_MARKS if tag not in tokenizer.get_vocab()]
-    tokenizer.add_tokens(new, special_tokens=True)
+    tokenizer.add_tokens([mark for mark in TAG_MARKS if mark not in tokenizer.get_vocab()], special_tokens=True)
+    torch.manual_seed(seed)
     if len(tokenizer) > model.config.vocab_size:
         model.resize_token_embeddings(8 * math.ceil(len(tokenizer) / 8), mean_resizing=False)
 
