@@ -1,19 +1,21 @@
 """GRPO in pure functions on tensors: group advantages and the clipped loss. Needs torch alone; copy it.
 
-Shapes: E episodes in a batch, N sampled tokens of all those episodes laid end to end. There is no padding here and no
-mask: tokens that were given (prompts, observations) are simply not among the N.
+Shapes: E episodes in a batch, N sampled tokens of all those episodes laid end to end. There is no padding
+here and no mask: tokens that were given (prompts, observations) are simply not among the N.
 
     A_i = (R_i - mean(R)) / (std(R) + eps)                     over the group of episode i           (1)
     ratio_t = exp(log pi(t) - log pi_old(t))                                                         (2)
     L = - sum_t w_t min(ratio_t A, clip(ratio_t, 1 - c, 1 + c) A)  +  kl_coef * sum_t w_t k3_t       (3)
     k3_t = exp(d) - d - 1,   d = log pi_ref(t) - log pi(t)                                           (4)
 
-(1)-(3): Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), eqs. 3-4; (1) without std: Liu et al. 2025 (Dr. GRPO,
-arXiv 2503.20783); (4): Schulman, "Approximating KL divergence". Departures from DeepSeekMath: the weights w_t sum to
-one over the *whole batch*, not per micro-batch and not per episode, so the micro-batch size cannot change the gradient.
+(1)-(3): Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), eqs. 3-4; (1) without std: Liu et al. 2025 (Dr.
+GRPO, arXiv 2503.20783); (4): Schulman, "Approximating KL divergence". Departures from DeepSeekMath: the
+weights w_t sum to one over the *whole batch*, not per micro-batch and not per episode, so the micro-batch
+size cannot change the gradient.
 
-Each group is used once: of an iteration's optimizer steps every one has groups of its own. In the first of them the
-policy is the one that sampled, so all ratios are 1 and nothing is clipped; the clip acts from the second step on.
+Each group is used once: of an iteration's optimizer steps every one has groups of its own. In the first of
+them the policy is the one that sampled, so all ratios are 1 and nothing is clipped; the clip acts from the
+second step on.
 
 >>> A, signal = group_advantages(torch.tensor([1., 0., 0., 0., 1., 1.]), torch.tensor([0, 0, 0, 0, 1, 1]))
 >>> [round(a, 3) for a in A.tolist()], signal.tolist()      # group 1 has no variance: no signal
@@ -31,14 +33,14 @@ def group_advantages(rewards, groups, normalize_std=True, eps=1e-6):
     Args:
         rewards: (E,) float, the outcome R of each episode.
         groups: (E,) long, which group each episode belongs to (numbers 0 .. n_groups - 1, any order).
-        normalize_std: divide by the group's *population* standard deviation; False gives Dr. GRPO's A = R - mean.
+        normalize_std: divide by the group's *population* standard deviation; False: Dr. GRPO's A = R - mean.
     Returns:
-        advantages (E,) and signal (n_groups,) bool: False where all rewards of the group are equal, so that the
-        group teaches nothing. Its advantages are exactly 0.
+        advantages (E,) and signal (n_groups,) bool: False where all rewards of the group are equal, so that
+        the group teaches nothing. Its advantages are exactly 0.
     """
     n = int(groups.max()) + 1
     count = torch.bincount(groups, minlength=n)
-    rewards = rewards.double()  # in float32 the mean of equal rewards may miss them by a bit, and seem a variance
+    rewards = rewards.double()  # in float32 the mean of equal rewards may miss them by a bit: a variance
     zeros = torch.zeros(n, dtype=rewards.dtype, device=rewards.device)
     mean = zeros.index_add(0, groups, rewards) / count
     centered = rewards - mean[groups]
@@ -72,9 +74,10 @@ def token_weights(step_of_token, episode_of_token, weighting="token"):
 def k3(logprobs, ref_logprobs, limit=5.0):
     """Schulman's estimator of KL(pi || pi_ref) per sampled token, eq. (4): unbiased and never negative. (N,)
 
-    Two traps. As a *loss* its gradient is (1 - exp(d)) grad log pi, whose mean over samples is the gradient of the other
-    divergence, KL(pi_ref || pi). And exp(d) is unbounded: one token that the policy had given up made a batch mean of
-    225 nats. Beyond d = `limit` k3 goes on as a straight line, so that a token's pull back is at most exp(limit) - 1.
+    Two traps. As a *loss* its gradient is (1 - exp(d)) grad log pi, whose mean over samples is the gradient
+    of the other divergence, KL(pi_ref || pi). And exp(d) is unbounded: one token that the policy had given up
+    made a batch mean of 225 nats. Beyond d = `limit` k3 goes on as a straight line, so that a token's pull
+    back is at most exp(limit) - 1.
 
     >>> [round(x, 3) for x in k3(torch.tensor([-1., -1., -20.]), torch.tensor([-1., 0., -1.])).tolist()]
     [0.0, 0.718, 2206.197]
@@ -85,10 +88,12 @@ def k3(logprobs, ref_logprobs, limit=5.0):
 
 
 def truncated_importance(trainer_logprobs, sampler_logprobs, clip):
-    """min(pi_trainer / pi_sampler, clip) per token, without gradient (Yao et al. 2025, "truncated importance sampling").
+    """min(pi_trainer / pi_sampler, clip) per token, without gradient (Yao et al. 2025, "truncated importance
+    sampling").
 
-    An engine such as vLLM samples from a slightly different distribution than the trainer computes, with the very same
-    weights. This weight turns the mean over its samples into one over the trainer's; the clip bounds the variance.
+    An engine such as vLLM samples from a slightly different distribution than the trainer computes, with the
+    very same weights. This weight turns the mean over its samples into one over the trainer's; the clip
+    bounds the variance.
 
     >>> truncated_importance(torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.0, -2.0, -2.0]), 2.0)
     tensor([1.0000, 2.0000, 0.3679])
@@ -96,20 +101,22 @@ def truncated_importance(trainer_logprobs, sampler_logprobs, clip):
     return torch.exp(trainer_logprobs - sampler_logprobs).clamp(max=clip).detach()
 
 
-def grpo_loss(logprobs, old_logprobs, advantages, weights, clip=0.2, ref_logprobs=None, kl_coef=0.0, importance=None):
+def grpo_loss(logprobs, old_logprobs, advantages, weights, clip=0.2, ref_logprobs=None, kl_coef=0.0,
+              importance=None):
     """The clipped surrogate with KL penalty, eqs. (2)-(4).
 
     Args:
         logprobs: (N,) log-probabilities under the current policy, with gradient.
-        old_logprobs: (N,) log-probabilities recorded in sampling, or recomputed by the trainer before the first step.
+        old_logprobs: (N,) log-probabilities recorded in sampling, or recomputed by the trainer before the
+            first step.
         advantages: (N,) advantage of the episode (or step) that each token belongs to.
         weights: (N,) from `token_weights`; of a micro-batch, the slice of the whole batch's weights.
         clip: how far the ratio may move before the gradient stops.
-        importance: (N,) from `truncated_importance` where the sampler is not the trainer, else None. The KL term is left
-            as it is: a small bias in a small penalty.
+        importance: (N,) from `truncated_importance` where the sampler is not the trainer, else None. The KL
+            term is left as it is: a small bias in a small penalty.
     Returns:
-        loss (scalar; losses of micro-batches add up) and a dictionary of *sums* weighted like the loss, to be added
-        over micro-batches as well: policy_loss, kl, clip_fraction, ratio.
+        loss (scalar; losses of micro-batches add up) and a dictionary of *sums* weighted like the loss, to be
+        added over micro-batches as well: policy_loss, kl, clip_fraction, ratio.
     """
     ratio = torch.exp(logprobs - old_logprobs)                                   # (N,) eq. (2)
     clipped = ratio.clamp(1.0 - clip, 1.0 + clip)

@@ -8,7 +8,8 @@
     python train.py --resume runs/alfworld-...            # go on where a killed run stopped
 
 One iteration: play `--tasks` games `--group-size` times each with the current policy; advantages within each
-group; labels good/bad for single steps; `--updates` optimizer steps on L = L_GRPO + lambda * L_cls; sync; log.
+group; labels good/bad for single steps; `--updates` optimizer steps on L = L_GRPO + lambda * L_cls; sync;
+log.
 
     G   --group-size        episodes of one game from one state: a group
     E   tasks * G           episodes of an iteration
@@ -22,8 +23,8 @@ Read `train`, `weigh` and `gradients`, below, beside grpo.py, classifier_loss.py
 they call. What every run needs and the method does not (set-up, checkpoints, several processes, logs) is one
 named call each, in support/.
 
-Departures from the paper: a tiny policy by default (see cold_start.py), and what the paper leaves open (labels,
-class balance, normalisation) is spelled out in classifier_loss.py and grpo.py.
+Departures from the paper: a tiny policy by default (see cold_start.py), and what the paper leaves open
+(labels, class balance, normalisation) is spelled out in classifier_loss.py and grpo.py.
 """
 
 import argparse
@@ -107,8 +108,8 @@ def train(args, run):
 
 
 def weigh(args, batch, seed):
-    """The weight of every token in L_GRPO and of every step in L_cls, over the whole batch of an optimizer step,
-    so that the size of a micro-batch changes nothing. In place; returns the batch."""
+    """The weight of every token in L_GRPO and of every step in L_cls, over the whole batch of an optimizer
+    step, so that the size of a micro-batch changes nothing. In place; returns the batch."""
     episode_of_token = batch.episode_of_step[batch.step_of_token]                               # (N,)
     batch.token_weights = token_weights(batch.step_of_token, episode_of_token, args.weighting)  # (N,), sum 1
     # Won and lost episodes apart: within each, both classes weigh the same, and the outcome tells nothing.
@@ -121,10 +122,11 @@ def weigh(args, batch, seed):
 
 
 def gradients(args, run, batch, grpo_coef=1.0, classifier_coef=None):
-    """Gradients of L = L_GRPO + lambda * L_cls over the batch of one optimizer step, micro-batch by micro-batch.
+    """Gradients of L = L_GRPO + lambda * L_cls over the batch of one optimizer step, micro-batch by
+    micro-batch.
 
-    The coefficients serve to look at one part alone. Returns a dictionary of sums over the batch: the parts of
-    the loss, KL, entropy, how many verdicts were right.
+    The coefficients serve to look at one part alone. Returns a dictionary of sums over the batch: the parts
+    of the loss, KL, entropy, how many verdicts were right.
     """
     coef = args.classifier_coef if classifier_coef is None else classifier_coef                 # lambda
     run.model.train()
@@ -144,15 +146,15 @@ def gradients(args, run, batch, grpo_coef=1.0, classifier_coef=None):
             advantages=part.advantages[part.step_of_token], weights=part.token_weights, clip=args.clip,
             ref_logprobs=part.ref_logprobs, kl_coef=args.kl_coef, importance=part.importance)
         smooth, parts["turn_entropy"] = smooth_entropy(run, out["entropy"], part, turns=len(batch.labels))
-        loss = grpo_coef * (loss + smooth)                                                # smooth: --epo, else 0
+        loss = grpo_coef * (loss + smooth)  # smooth: 0 but for --epo
         # The gradient of both forms goes through the hidden states into the trunk that chooses the actions.
         if "verdicts" in out:
             asked, says_good = part.question_weights > 0, run.question.says_good(out["verdict_logits"])
-            parts["generative_loss"] = generative_loss(out["verdicts"], part.question_weights[asked])   # eq. 5a
+            parts["generative_loss"] = generative_loss(out["verdicts"], part.question_weights[asked])  # eq. 5a
             loss = loss + coef * parts["generative_loss"]
             tally.judge("generative", says_good, part.labels[asked], part.won[asked])
         if "values" in out:
-            parts["value_loss"] = value_head_loss(out["values"], part.labels, part.value_weights)       # eq. 5b
+            parts["value_loss"] = value_head_loss(out["values"], part.labels, part.value_weights)      # eq. 5b
             loss = loss + coef * parts["value_loss"]
             tally.judge("value", out["values"] > 0, part.labels, part.won)
         loss.backward()
@@ -162,7 +164,7 @@ def gradients(args, run, batch, grpo_coef=1.0, classifier_coef=None):
     return add_up(run.shared, parameters, tally.sums)[0]
 
 
-# --------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 def main():
     args = parse_arguments()
@@ -180,8 +182,8 @@ def main():
             train(args, run)
             print(f"{(time.time() - begin) / 60:.1f} minutes")
         except OSError as error:
-            sys.exit(f"train.py: cannot write to --out {args.out}: {error.strerror or error}. What is there is whole; "
-                     f"once that is mended, go on with: {again}")
+            sys.exit(f"train.py: cannot write to --out {args.out}: {error.strerror or error}. What is there is "
+                     f"whole; once that is mended, go on with: {again}")
         except KeyboardInterrupt:
             sys.exit(f"\ntrain.py: stopped. Go on from the last checkpoint with: {again}")
 
