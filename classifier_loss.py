@@ -31,7 +31,7 @@ GOOD, BAD, LEFT_OUT = 1, 0, -1
 
 
 def flaw_labels(flawed):
-    """(S,) bool -> labels (`--labels flaws`): bad if the step is flawed, else good, however the episode ended.
+    """(S,) bool -> labels (`--labels flaws`): bad if the step is flawed, else good, won or lost.
 
     Flawed: malformed, inadmissible, without effect, repeated or leading back (rollout.Step).
     """

@@ -150,11 +150,11 @@ def gradients(args, run, batch, grpo_coef=1.0, classifier_coef=None):
         # The gradient of both forms goes through the hidden states into the trunk that chooses the actions.
         if "verdicts" in out:
             asked, says_good = part.question_weights > 0, run.question.says_good(out["verdict_logits"])
-            parts["generative_loss"] = generative_loss(out["verdicts"], part.question_weights[asked])  # eq. 5a
+            parts["generative_loss"] = generative_loss(out["verdicts"], part.question_weights[asked])   # 5a
             loss = loss + coef * parts["generative_loss"]
             tally.judge("generative", says_good, part.labels[asked], part.won[asked])
         if "values" in out:
-            parts["value_loss"] = value_head_loss(out["values"], part.labels, part.value_weights)      # eq. 5b
+            parts["value_loss"] = value_head_loss(out["values"], part.labels, part.value_weights)       # 5b
             loss = loss + coef * parts["value_loss"]
             tally.judge("value", out["values"] > 0, part.labels, part.won)
         loss.backward()
@@ -182,8 +182,8 @@ def main():
             train(args, run)
             print(f"{(time.time() - begin) / 60:.1f} minutes")
         except OSError as error:
-            sys.exit(f"train.py: cannot write to --out {args.out}: {error.strerror or error}. What is there is "
-                     f"whole; once that is mended, go on with: {again}")
+            sys.exit(f"train.py: cannot write to --out {args.out}: {error.strerror or error}. What is there "
+                     f"is whole; once that is mended, go on with: {again}")
         except KeyboardInterrupt:
             sys.exit(f"\ntrain.py: stopped. Go on from the last checkpoint with: {again}")
 

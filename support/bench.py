@@ -187,68 +187,69 @@ def bench_scienceworld(steps=15):
 # ------------------------------------------------------------------------------------------- playing and updating
 
 def bench_loop(model_folder, tasks=16, group=8, repeats=3):
-    """Playing against updating in the default run, and what the classifier adds to an update."""
+    """Playing against updating in the default run, and what the classifier adds to an update: train.py's own functions."""
+    from types import SimpleNamespace
+
     import torch
 
-    from games import levels
-
-    from games.pool import make_world
-    from classifier_loss import BAD, GOOD
-    from rollout import QUESTION
-    from support.policies import load_policy, make_chat
-    from games.pool import EnvPool
-    from rollout import Episode, play
+    from actor import forward
     from engines.torch_engine import TorchEngine
-    from update import advantages_of, make_batch, update
+    from games import levels
+    from games.pool import EnvPool
+    from rollout import play
+    from support.batches import lay_out, make_question, micro_batches
+    from support.policies import load_policy, make_chat
+    from train import LABELS, gradients, weigh
 
     model, tokenizer = load_policy(model_folder)
     chat, _ = make_chat(tokenizer, "alfworld", model_folder)
-    engine = TorchEngine(model, chat.eos)
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
-    question = (chat.next_prompt(QUESTION), {GOOD: encode("good"), BAD: encode("bad")})
+    engine, question = TorchEngine(model, chat.eos), make_question(chat)
     head = torch.nn.Linear(model.config.hidden_size, 1)
-    optimizer = torch.optim.AdamW(list(model.parameters()) + list(head.parameters()), lr=0.0)  # time it, change nothing
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=0.0)  # time it, change nothing
     games = levels.sample_games(levels.list_games("alfworld", "train", "generated"), tasks, 0)
     with EnvPool(os.cpu_count()) as pool:
         play(engine, pool, chat, games[:2], 2, 20)  # warm up
         clock = time.perf_counter()
         episodes, report = play(engine, pool, chat, games, group, 20, seed=1)
         play_seconds = time.perf_counter() - clock
-    advantages, _ = advantages_of(episodes)
+    args = SimpleNamespace(clip=0.2, kl_coef=0.0, classifier_coef=0.3, temperature=1.0, micro_tokens=8192, head_layer=-1,
+                           epo=0.0, iterations=1, labels="flaws", weighting="token", questions=3)
+    batch = lay_out(episodes)
+    batch.advantages = (2.0 * batch.won - 1.0)
+    batch.labels = LABELS["flaws"](batch)
+    weigh(args, batch, seed=0)
 
-    def separately(batch):
+    def separately():
         """The same questions as sequences of their own: the prefix is computed again for each."""
-        extra = []
-        for episode, labels, weights in zip(batch.episodes, batch.labels, batch.question_weight):
-            for step, label, weight in zip(episode.steps, labels, weights):
-                if weight > 0:
-                    one = Episode(None, 0)
-                    one.give(episode.tokens[:step.end] + question[0])
-                    one.sample(question[1][label], [0.0] * len(question[1][label]))
-                    extra.append(one)
-        return extra
+        asked = [(episode.tokens[:end] + ids, verdict) for episode, one in zip(episodes, batch.branches(question))
+                 for end, ids, verdict in one]
+        asked.sort(key=lambda pair: -len(pair[0]))
+        for begin in range(0, len(asked), 16):
+            part = asked[begin:begin + 16]
+            out = forward(model, [ids + verdict for ids, verdict in part],
+                          [[False] * len(ids) + [True] * len(verdict) for ids, verdict in part])
+            (-out["logprobs"].mean()).backward()
 
-    def timed(name, with_question=False, with_head=False, apart=False):
-        from update import forward, micro_batches
-        batch = make_batch(episodes, advantages, questions_per_episode=3 if with_question or apart else 0)
-        best = float("inf")
+    def timed(question=None, head=None, apart=False):
+        run, best = SimpleNamespace(args=args, model=model, optimizer=optimizer, value_head=head, question=question,
+                                    shared=None, turn_entropies=[]), float("inf")
         for _ in range(repeats):
             clock = time.perf_counter()
-            update(model, head if with_head else None, optimizer, batch, question if with_question else None, classifier_coef=0.1)
+            gradients(args, run, batch)
             if apart:
-                extra = separately(batch)
-                for micro in micro_batches(extra, 8192):
-                    (-forward(model, [extra[i] for i in micro])["logprobs"].mean()).backward()
+                separately()
+            optimizer.step()
             best = min(best, time.perf_counter() - clock)
         return best
 
-    alone = timed("alone")
+    alone = timed()
     print(f"\n{len(episodes)} episodes, {sum(len(e.tokens) for e in episodes):,} tokens, {torch.get_num_threads()} threads")
-    print(f"  playing {play_seconds:.1f} s (sampling {report['sample']:.1f}, environments {report['env']:.1f}), updating {alone:.1f} s"
-          f"   playing / updating {play_seconds / alone:.2f}")
-    for name, keywords in (("value head", dict(with_head=True)), ("generative, branches", dict(with_question=True)),
-                           ("both", dict(with_question=True, with_head=True)), ("generative, separate sequences", dict(apart=True))):
-        print(f"  update with {name:32} {timed(name, **keywords) / alone:.2f} times GRPO alone")
+    print(f"  playing {play_seconds:.1f} s (sampling {report['sample']:.1f}, environments {report['env']:.1f}), updating "
+          f"{alone:.1f} s   playing / updating {play_seconds / alone:.2f}")
+    for name, keywords in (("value head", dict(head=head)), ("generative, branches", dict(question=question)),
+                           ("both", dict(question=question, head=head)),
+                           ("generative, separate sequences", dict(apart=True))):
+        print(f"  update with {name:32} {timed(**keywords) / alone:.2f} times GRPO alone")
 
 
 def bench_engines(model_folder, tasks=16, group=8):

@@ -34,9 +34,10 @@ def draw(folders, out, names=None):
         ("success", [("success", "training games")]),
         ("flawed actions, share of steps", [("inadmissible", "inadmissible"), ("repeated", "repeated"),
                                             ("no_effect", "without effect"), ("malformed", "malformed")]),
-        ("classifier: accuracy per class", [("accuracy_good", "generative, good"), ("accuracy_bad", "generative, bad"),
-                                            ("accuracy_value_good", "value head, good"),
-                                            ("accuracy_value_bad", "value head, bad")]),
+        ("classifier: accuracy by class and outcome",
+         [(f"accuracy_{form}_{label}_{outcome}", f"{name}, {label} steps of {outcome} episodes")
+          for form, name in (("value", "head"), ("generative", "words"))
+          for outcome in ("won", "lost") for label in ("good", "bad")]),
         ("policy", [("entropy", "entropy per token (nats)"), ("kl", "KL to the reference"),
                     ("clip_fraction", "clip fraction")]),
     ]
