@@ -250,7 +250,7 @@ def run(args, folder):
         device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         model, tokenizer = load_policy(folder, device)
         chat, _ = make_chat(tokenizer, args.env, folder)
-        engine = TorchEngine(model, chat.eos, args.temperature, args.max_new_tokens or (24 if ours else 512))
+        engine = TorchEngine(model, chat.ends, args.temperature, args.max_new_tokens or (24 if ours else 512))
         result, _ = evaluate(engine, pool, chat, games, steps, args.seed, args.batch,
                              args.max_context or (2048 if ours else 8192), args.show_actions)
         return {**about, **result}

@@ -200,9 +200,9 @@ def make_engine(args, model, chat, folder):
     if args.engine == "torch":
         if args.shard:  # episodes are sampled from a whole copy: processes that play do not wait for one another
             model = load_policy(folder, args.device, torch.bfloat16 if in_half(args) else torch.float32)[0]
-        return TorchEngine(model, chat.eos, args.temperature, args.max_new_tokens)
+        return TorchEngine(model, chat.ends, args.temperature, args.max_new_tokens)
     from engines.vllm_engine import VLLMEngine
-    return VLLMEngine(folder, chat.eos, args.temperature, args.max_new_tokens, args.max_context,
+    return VLLMEngine(folder, chat.ends, args.temperature, args.max_new_tokens, args.max_context,
                       "bfloat16" if in_half(args) else "float32", args.engine_memory, args.tensor_parallel, args.seed)
 
 

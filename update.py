@@ -7,6 +7,7 @@ A micro-batch is a matter of memory, never of the objective: every weight is com
 the micro-batches' losses add up to the batch's loss (tests/test_update.py compares the gradients).
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from classifier_loss import (BAD, GOOD, balanced_choice, class_weights, generati
                              rule_labels, value_head_loss)
 from grpo import group_advantages, grpo_loss, token_weights, truncated_importance
 from support.processes import is_sharded, through_root
-from actor import token_logprobs
+from actor import attention_masks, output_logits, token_logprobs
 
 
 @dataclass
@@ -133,11 +134,13 @@ def forward(model, episodes, temperature=1.0, branches=None, value_head=None):
     tokens, positions, mask, starts = pack_branches(
         [e.tokens for e in episodes], [[(end, q + v) for end, q, v in asked] for asked in branches])
     device = next(model.parameters()).device
-    tokens = tokens.to(device)
-    hidden = model.get_decoder()(input_ids=tokens, position_ids=positions.to(device),
-                                 attention_mask=None if mask is None else mask.to(device),
+    tokens, positions = tokens.to(device), positions.to(device)
+    if mask is not None:  # without branches the model's own causal mask does: padding is on the right
+        mask = attention_masks(model, mask[:, 0].to(device), positions, positions)
+    hidden = model.get_decoder()(input_ids=tokens, position_ids=positions, attention_mask=mask,
                                  use_cache=False).last_hidden_state                             # (B, T, D)
-    head = model.get_output_embeddings()
+    head = functools.partial(output_logits, model)
+    head.weight = model.get_output_embeddings().weight  # token_logprobs asks for the size of the vocabulary
 
     def places(pairs):
         rows, columns = zip(*pairs)
