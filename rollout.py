@@ -18,6 +18,8 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from jinja2 import TemplateError
+
 SYSTEM = {"alfworld": "Do the task in this house. Reply <action>command</action>.",
           "scienceworld": "Do the task in this lab. Reply <action>command</action>."}
 SYSTEM_INSTRUCT = {  # for models that were not cold-started on the short one; `{o}` an object, `{r}` a receptacle
@@ -143,37 +145,54 @@ def digest(text):
 class ChatFormat:
     """The tokenizer's own chat template, cut into the two pieces that a growing conversation needs.
 
+    `eos` is the id with which the template ends an answer, never the tokenizer's word for it alone: that of
+    SmolLM2's GGUF file names the token that *begins* a turn. `ends`: eos, and what else ends a turn.
     tags: whether answers must open with one of TAGS.
     """
 
-    def __init__(self, tokenizer, system, tags=False):
+    def __init__(self, tokenizer, system, tags=False, ends=()):
+        """ends: ids that end a turn besides the template's own, such as those of the generation config."""
         if not tokenizer.chat_template:
             raise ValueError(f"the tokenizer in {tokenizer.name_or_path!r} has no chat template: use an instruction-tuned model")
-        self.tokenizer, self.system, self.tags = tokenizer, system, tags
-        self.eos = tokenizer.eos_token_id
+        self.tokenizer, self.system, self.tags, self.system_role = tokenizer, system, tags, True
+        try:
+            self._render("x")
+        except TemplateError:  # Gemma has no system turn: the first observation opens with it instead
+            self.system_role = False
+        closing = self._encode(self._after_answer("USER-TURN").split("USER-TURN")[0])
+        special = [i for i, token in enumerate(closing) if token in tokenizer.added_tokens_decoder]
+        self.closing = special[0] + 1 if special else 0  # tokens from an answer's end to the end of its turn
+        self.eos = closing[special[0]] if special else tokenizer.eos_token_id
+        self.ends = {self.eos, *ends} - {None}
+        if not self.ends:
+            raise ValueError(f"{tokenizer.name_or_path!r}: neither chat template nor generation config says what "
+                             "ends a turn")
 
     def _encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
+    def _render(self, *turns):
+        """The template's text for user, assistant, user, ... turns, up to where the next answer starts."""
+        system = [{"role": "system", "content": self.system}] if self.system_role else []
+        turns = turns if system else (f"{self.system}\n\n{turns[0]}", *turns[1:])
+        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+        return self.tokenizer.apply_chat_template(system + turns, tokenize=False, add_generation_prompt=True)
+
+    def _after_answer(self, content):
+        """The template itself says what comes between two answers: render a marker, keep what follows it."""
+        return self._render("x", "ANSWER-GOES-HERE", content).split("ANSWER-GOES-HERE")[1]
+
     def first_prompt(self, observation):
         """Ids from the beginning to where the assistant's first answer starts."""
-        messages = [{"role": "system", "content": self.system}, {"role": "user", "content": observation}]
-        return self._encode(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return self._encode(self._render(observation))
 
     def next_prompt(self, content, answer_ended=True):
         """Ids between two answers: the rest of the assistant's turn, a user turn, and the assistant's header.
 
-        The template itself says what comes there: render a conversation with a marker for the answer, and keep what
-        follows the marker. The end-of-turn token was sampled with the answer, unless that ran out of tokens.
+        answer_ended: the answer's last token is `eos`, so that it is not given once more. An answer that ran
+        out of tokens, or was ended by another of `ends`, gets it.
         """
-        marker = "ANSWER-GOES-HERE"
-        messages = [{"role": "system", "content": self.system}, {"role": "user", "content": "x"},
-                    {"role": "assistant", "content": marker}, {"role": "user", "content": content}]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        text = text.split(marker)[1]
-        if answer_ended:
-            text = text.removeprefix(self.tokenizer.eos_token)
-        return self._encode(text)
+        return self._encode(self._after_answer(content))[self.closing if answer_ended else 0:]
 
     def parse_action(self, ids):
         """The command in an answer, or None where there is not exactly one."""

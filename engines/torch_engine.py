@@ -2,6 +2,8 @@
 
 import torch
 
+from actor import attention_masks, output_logits
+
 
 class RaggedCache:
     """Keys and values of rows with different lengths, each row filled from the left without gaps.
@@ -47,11 +49,37 @@ class TorchEngine:
     that were submitted at once. Rows that no longer take part are dropped from the cache: finished episodes cost nothing.
     """
 
-    def __init__(self, model, eos, temperature=1.0, max_new_tokens=24):
-        self.model, self.eos = model, eos
+    def __init__(self, model, ends, temperature=1.0, max_new_tokens=24):
+        """ends: the token id that ends a turn, or several such ids. Raises ValueError for a model that the cache does not
+        suit: at once, not after an hour of games."""
+        self.model, self.ends = model, {ends} if isinstance(ends, int) else set(ends)
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
-        self.trunk, self.head = model.get_decoder(), model.get_output_embeddings()
+        self.trunk = model.get_decoder()
         self.device = next(model.parameters()).device
+        try:
+            self._check()
+        except Exception as error:  # an unknown use of the cache raises anything
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{type(model).__name__} cannot be sampled from by the PyTorch engine, whose cache it uses in a "
+                             f"way of its own ({why}); use --engine vllm") from error
+
+    def _check(self):
+        """Raise unless two conversations of two turns have the log-probabilities of the model's plain forward pass."""
+        generator, wanted, gaps = torch.Generator().manual_seed(0), self.max_new_tokens, []
+        some = lambda n: torch.randint(self.model.config.get_text_config().vocab_size, (n,), generator=generator).tolist()
+        talks, self.max_new_tokens = [some(5), some(3)], 2
+        self.start(0)
+        for _ in range(2):
+            for b, (ids, logprobs) in enumerate(self.generate([0, 1], talks)):
+                whole, at = talks[b] + ids, len(talks[b])
+                with torch.no_grad():
+                    logits = self.model(input_ids=torch.tensor([whole], device=self.device)).logits[0].float()
+                plain = torch.log_softmax(logits / (self.temperature or 1.0), -1)               # (T, V)
+                gaps += [abs(plain[at + i - 1, token].item() - logprobs[i]) for i, token in enumerate(ids)]
+                talks[b] = whole + some(2 + b)
+        self.max_new_tokens = wanted
+        if not sum(gaps) / len(gaps) < 0.1:  # bfloat16 stays well below
+            raise ValueError(f"its log-probabilities are {sum(gaps) / len(gaps):.2g} nats off")
 
     def start(self, seed):
         """Forget all conversations. `seed` makes the sampling repeat."""
@@ -97,12 +125,12 @@ class TorchEngine:
         ids, logprobs = [[] for _ in rows], [[] for _ in rows]
         running = [True] * len(rows)
         for i in range(self.max_new_tokens):
-            token, logprob = self._choose(self.head(hidden).float())                            # (B,), (B,)
+            token, logprob = self._choose(output_logits(self.model, hidden).float())            # (B,), (B,)
             for b, (t, l) in enumerate(zip(token.tolist(), logprob.tolist())):
                 if running[b]:
                     ids[b].append(t)
                     logprobs[b].append(l)
-                    running[b] = t != self.eos
+                    running[b] = t not in self.ends
             if not any(running) or i == self.max_new_tokens - 1:
                 break
             # Rows whose turn has ended ride along: what they write lies beyond their length.
@@ -133,8 +161,9 @@ class TorchEngine:
         self.cache.rows, self.cache.at, self.cache.limit = rows, positions, int(positions.max()) + 1
         columns = torch.arange(self.cache.limit, device=self.device)
         visible = columns <= positions[:, :, None]                                             # (b, q, limit)
-        return self.trunk(input_ids=batch, position_ids=positions, attention_mask=visible[:, None],
-                          past_key_values=self.cache, use_cache=True).last_hidden_state
+        masks = attention_masks(self.model, visible, positions, columns.expand(len(batch), -1))
+        return self.trunk(input_ids=batch, position_ids=positions, attention_mask=masks, past_key_values=self.cache,
+                          use_cache=True).last_hidden_state
 
     def _choose(self, logits):
         """Sample from softmax(logits / temperature), or take the largest at temperature 0; (B, V) -> (B,), (B,)."""

@@ -19,13 +19,15 @@ import torch
 class VLLMEngine:
     """The same interface as `torch_engine.TorchEngine`: start, submit, poll, load."""
 
-    def __init__(self, folder, eos, temperature=1.0, max_new_tokens=512, max_context=8192, dtype="auto", memory=0.4,
+    def __init__(self, folder, ends, temperature=1.0, max_new_tokens=512, max_context=8192, dtype="auto", memory=0.4,
                  tensor_parallel=1, seed=0):
-        """folder: Hugging Face folder or hub name. memory: share of the GPU's memory for vLLM; the trainer needs the rest."""
+        """folder: Hugging Face folder or hub name. ends: the token id that ends a turn, or several such ids. memory: share
+        of the GPU's memory for vLLM; the trainer needs the rest."""
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: nothing to lose when it ends
         from vllm import EngineArgs, LLMEngine
-        self.eos, self.temperature, self.max_new_tokens = eos, temperature, max_new_tokens
+        self.ends = [ends] if isinstance(ends, int) else sorted(ends)
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
         # Ids in and ids out: vLLM needs no tokenizer, and would load the wrong one for our policies.
         # processed_logprobs: of the distribution that is sampled from, after the temperature.
         self.engine = LLMEngine.from_engine_args(EngineArgs(
@@ -49,7 +51,7 @@ class VLLMEngine:
         self.turns += 1
         request = f"{self.seed}-{row}-{self.turns}"
         self.waiting[request] = row
-        sampling = SamplingParams(temperature=self.temperature, max_tokens=self.max_new_tokens, stop_token_ids=[self.eos],
+        sampling = SamplingParams(temperature=self.temperature, max_tokens=self.max_new_tokens, stop_token_ids=self.ends,
                                   logprobs=0, detokenize=False, seed=hash((self.seed, row, len(tokens))) % 2**31)
         self.engine.add_request(request, TokensPrompt(prompt_token_ids=list(tokens)), sampling)
 

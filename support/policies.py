@@ -12,6 +12,7 @@ import shutil
 
 import torch
 
+from actor import attention_masks, output_logits
 from rollout import TAGS, ChatFormat, system_prompt
 from support.processes import shard, whole
 
@@ -70,7 +71,10 @@ def add_tags(model, tokenizer, seed=0):
 
 
 def load_policy(folder, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) from any Hugging Face folder or hub name; one clear line where that is impossible."""
+    """(model, tokenizer) from any Hugging Face folder or hub name; one clear line where that is impossible.
+
+    Raises FileNotFoundError where transformers cannot load it, ValueError where we cannot honour it.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, logging
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
     logging.disable_progress_bar()
@@ -86,7 +90,55 @@ def load_policy(folder, device="cpu", dtype=torch.float32):
         raise FileNotFoundError(f"{folder} is not a checkpoint that transformers can load: {why}{hub}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device), tokenizer
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # Gemma 2 squashes attention scores; SDPA silently does not
+    for module in model.modules():  # dropout would train another distribution than the one sampled from
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.to(device)
+    try:
+        check_model(model)
+    except Exception as error:  # an argument that the model does not take, an unexpected shape, ...
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder}: {type(model).__name__} cannot be trained here: its attention does not "
+                         f"take our masks and positions, or something follows its output layer ({why})") from error
+    return model, tokenizer
+
+
+@torch.no_grad()
+def check_model(model):
+    """Raise where `output_logits` and `attention_masks` do not give the log-probabilities of a plain pass.
+
+    Ten random tokens and a branch of four after the sixth, against two separate sequences. A sliding window
+    is made short for the moment, so that ten tokens tell. What fails: ALiBi (BLOOM, MPT), recurrent layers,
+    output layers with more to them.
+    """
+    config, device = model.config.get_text_config(), model.device
+    window, was_training = getattr(config, "sliding_window", None), model.training
+    tokens = torch.randint(config.vocab_size, (1, 14), generator=torch.Generator().manual_seed(0)).to(device)
+    positions = torch.tensor([[*range(10), *range(6, 10)]], device=device)
+    row, column = torch.arange(14, device=device)[:, None], torch.arange(14, device=device)
+    visible = (column <= row) & ((row < 10) | (column < 6) | (column >= 10))                    # (14, 14)
+    try:
+        model.eval()
+        if window is not None:
+            config.sliding_window = 4
+        masks = attention_masks(model, visible[None], positions, positions)
+        hidden = model.get_decoder()(input_ids=tokens, position_ids=positions, attention_mask=masks,
+                                     use_cache=False).last_hidden_state                         # (1, 14, D)
+        ours = output_logits(model, hidden)[0]                                                  # (14, V)
+        branch = torch.cat([tokens[:, :6], tokens[:, 10:]], dim=1)
+        plain = torch.cat([model(input_ids=tokens[:, :10]).logits[0], model(input_ids=branch).logits[0, 6:]])
+    finally:
+        if window is not None:
+            config.sliding_window = window
+        model.train(was_training)
+    gap = (ours.float().log_softmax(-1) - plain.float().log_softmax(-1)).abs().mean().item()
+    if not gap < (1e-3 if model.dtype == torch.float32 else 0.2):
+        raise ValueError(f"log-probabilities are {gap:.2g} nats off")
 
 
 def add_lora(model, rank):
@@ -188,7 +240,7 @@ def make_chat(tokenizer, env, folder):
     """(chat format, whether it is a tiny policy of ours). Ours knows the short prompt; others need the instructions."""
     notes = notes_of(folder)
     tiny, tags = notes.get("prompt") == "short", bool(notes.get("tags"))
-    return ChatFormat(tokenizer, system_prompt(env, tiny, tags), tags), tiny
+    return ChatFormat(tokenizer, system_prompt(env, tiny, tags), tags, generation_ends(folder)), tiny
 
 
 def answer_tokens(tiny, tags):
@@ -201,6 +253,16 @@ def check_tags(folder):
     if not notes_of(folder).get("tags"):
         raise ValueError(f"--credit rlvmr needs a policy that was taught tags, and {folder} was not: "
                          f"python cold_start.py --tags --sloppy 0.3 --init {folder} --out NEW, then --model NEW")
+
+
+def generation_ends(folder):
+    """The ids at which the model's makers end a generation: none to several (Llama 3 has three)."""
+    from transformers import GenerationConfig
+    try:
+        ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:  # no such file
+        return []
+    return ends if isinstance(ends, list) else [ends]
 
 
 def notes_of(folder):
