@@ -2,9 +2,9 @@
 copy it.
 
     tokens of E episodes ──> transformer ──> hidden states (B, T, D)
-        one to the left of a sampled token   ──> its log-probability and entropy         (N,)  for grpo.grpo_loss
-        at the end of a question's branch    ──> log-probability of the true verdict     (Q,)  for generative_loss
-        at the last token of an action       ──> a linear head's value                   (S,)  for value_head_loss
+        one to the left of a sampled token  ──> its log-probability and entropy      (N,)  for grpo_loss
+        at the end of a question's branch   ──> log-probability of the true verdict  (Q,)  for generative_loss
+        at the last token of an action      ──> a linear head's value                (S,)  for value_head_loss
 
 One pass serves all three, so both classification losses send their gradient into the very trunk that chooses
 actions. A question about a step is a *branch*: it continues the episode right after that step, sees what the
@@ -68,13 +68,14 @@ def forward(model, sequences, sampled, temperature=1.0, branches=None, value_hea
                               entropy_grad=entropy_grad)
 
     out = {}
-    rows, columns = places([(b, t) for b, mask in enumerate(sampled) for t, chosen in enumerate(mask) if chosen])
+    rows, columns = places([(b, t) for b, row in enumerate(sampled) for t, chosen in enumerate(row) if chosen])
     out["logprobs"], out["entropy"] = score(rows, columns, temperature or 1.0)                  # (N,), (N,)
     if any(branches):
-        asked = [(b, start + len(question), verdict) for b, (questions, begin) in enumerate(zip(branches, starts))
-                 for (_, question, verdict), start in zip(questions, begin)]                    # Q verdicts and where
+        asked = [(b, start + len(question), verdict)                                    # Q verdicts and where
+                 for b, (questions, begin) in enumerate(zip(branches, starts))
+                 for (_, question, verdict), start in zip(questions, begin)]
         rows, columns = places([(b, column + i) for b, column, verdict in asked for i in range(len(verdict))])
-        each, _ = score(rows, columns)                                                          # (verdict tokens,)
+        each, _ = score(rows, columns)                                                  # (verdict tokens,)
         lengths = [len(verdict) for *_, verdict in asked]
         out["verdicts"] = torch.stack([part.sum() for part in each.split(lengths)])             # (Q,)
         first = torch.tensor([0] + lengths[:-1], device=device).cumsum(0)
@@ -152,13 +153,13 @@ def pack_branches(sequences, branches, pad=0):
     positions = torch.arange(width).repeat(len(rows), 1)                                       # (B, T)
     if not any(branches):
         return tokens, positions, None, starts
-    segment = torch.zeros(len(rows), width, dtype=torch.long)      # 0: the episode (or padding), k: its k-th branch
-    limit = torch.arange(1, width + 1).repeat(len(rows), 1)        # how many columns of the episode a token may see
+    segment = torch.zeros(len(rows), width, dtype=torch.long)  # 0: the episode (or padding), k: its k-th branch
+    limit = torch.arange(1, width + 1).repeat(len(rows), 1)    # how many columns of the episode a token may see
     for b, (questions, begin) in enumerate(zip(branches, starts)):
         for k, ((end, ids), start) in enumerate(zip(questions, begin)):
             span = slice(start, start + len(ids))
             segment[b, span], limit[b, span] = k + 1, end
-            positions[b, span] = end + torch.arange(len(ids))      # as if the question came right after its step
+            positions[b, span] = end + torch.arange(len(ids))  # as if the question came right after its step
     column = torch.arange(width)
     causal = column <= column[:, None]                                                         # (T, T)
     trunk = (segment == 0)[:, None, :] & (column < limit[:, :, None])                          # (B, T, T)
