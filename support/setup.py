@@ -17,7 +17,8 @@ from games import levels
 from games.pool import EnvPool
 from support.batches import make_question
 from support.controls import Detached
-from support.policies import compute_in_bfloat16, load_policy, make_chat, notes_of, trainable
+from support.policies import (answer_tokens, check_tags, compute_in_bfloat16, load_policy, make_chat, notes_of,
+                              trainable)
 
 
 # What a checkpoint notes of how it was played, so that an evaluation plays it the same way.
@@ -80,6 +81,8 @@ def setup(args):
     pool = EnvPool(max(1, args.workers // processes))
     with accelerator.main_process_first():
         folder = args.model if args.model != "tiny" else make_cold_start(args, games, pool)
+    if args.credit == "rlvmr":
+        check_tags(folder)
     print(f"model   {folder}   (--model, --cold-start)")
     print(f"engine  {args.engine} on {args.device}, {torch.get_num_threads()} threads" + (f", {processes} processes"
           if processes > 1 else "") + "   (--engine, --device)")
@@ -87,7 +90,7 @@ def setup(args):
     model, reference, tokenizer = trainable(folder, args.device, half, args.lora_rank, args.gradient_checkpointing,
                                             args.kl_coef > 0, args.seed, args.shard)
     chat, ours = make_chat(tokenizer, args.env, folder)
-    fill_limits(args, ours)
+    fill_limits(args, ours, chat.tags)
     args.lr = args.lr or (5e-4 if ours else 1e-6)
     args.warmup_updates = (40 if ours and not args.shard else 0) if args.warmup_updates is None else args.warmup_updates
     print(f"update  AdamW at {args.lr:g}, {args.updates} steps for {args.tasks} games x {args.group_size} episodes   (--lr, "
@@ -119,9 +122,9 @@ def make_optimizer(args, model, value_head):
     return torch.optim.AdamW(parts, **ADAMW)
 
 
-def fill_limits(args, ours):
+def fill_limits(args, ours, tags):
     """How long an answer and an episode may grow, in tokens, where the user did not say."""
-    args.max_new_tokens = args.max_new_tokens or (24 if ours else 512)
+    args.max_new_tokens = args.max_new_tokens or answer_tokens(ours, tags)
     args.max_context = args.max_context or (2048 if ours else 8192)
 
 
@@ -166,7 +169,7 @@ def player(args, folder):
     choose_engine(args)
     model, tokenizer = load_policy(folder, args.device)
     chat, ours = make_chat(tokenizer, args.env, folder)
-    fill_limits(args, ours)
+    fill_limits(args, ours, chat.tags)
     if in_half(args):
         compute_in_bfloat16(model)
     return make_engine(args, model, chat, folder), chat
