@@ -227,7 +227,7 @@ def test_training_with_tags_keeps_them_and_a_policy_without_is_refused_in_a_line
     refused = train("policies/tiny")
     assert refused.returncode != 0 and "Traceback" not in refused.stdout
     last = refused.stdout.strip().split("\n")[-1]
-    assert last.startswith("train.py: --credit rlvmr needs a policy that was taught tags, and policies/tiny was not")
+    assert last.startswith("train.py: --credit rlvmr needs a policy that was taught tags, and policies/tiny")
     done = train(start)
     assert done.returncode == 0, done.stdout
     check_tags(os.path.join(run, "checkpoint-000001"))
