@@ -10,5 +10,6 @@ processes.py       several processes: shares of the work, sums over them, weight
 checkpoints.py     checkpoints that appear complete or not at all; resuming
 logs.py curves.py  what a run logs; curves.png from it
 demonstrations.py  what experts do as training data, or as a chat dataset
+tags.py            RLVMR's tags for what experts do
 bench.py           speeds as ratios: python -m support.bench
 """

@@ -214,8 +214,7 @@ def finish_iteration(run, iteration, episodes, report, sums, row, minutes_left):
     if iteration % args.save_every == 0 or last:
         save_checkpoint(args.out, run.model, run.tokenizer, run.optimizer, run.value_head, iteration,
                         write=run.accelerator.is_main_process, started_from=run.folder, prompt=run.prompt,
-                        tags=run.chat.tags,
-                        played={name: getattr(args, name) for name in PLAYED})
+                        tags=run.chat.tags, played={name: getattr(args, name) for name in PLAYED})
         if run.accelerator.is_main_process:
             write_samples(args.out, run.tokenizer, episodes, iteration)
             draw([args.out], os.path.join(args.out, "curves.png"))

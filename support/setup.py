@@ -17,7 +17,8 @@ from games import levels
 from games.pool import EnvPool
 from support.batches import make_question
 from support.controls import Detached
-from support.policies import answer_tokens, check_tags, compute_in_bfloat16, load_policy, make_chat, notes_of, trainable
+from support.policies import (answer_tokens, check_tags, compute_in_bfloat16, load_policy, make_chat, notes_of,
+                              trainable)
 
 
 # What a checkpoint notes of how it was played, so that an evaluation plays it the same way.
@@ -121,7 +122,7 @@ def make_optimizer(args, model, value_head):
     return torch.optim.AdamW(parts, **ADAMW)
 
 
-def fill_limits(args, ours, tags=False):
+def fill_limits(args, ours, tags):
     """How long an answer and an episode may grow, in tokens, where the user did not say."""
     args.max_new_tokens = args.max_new_tokens or answer_tokens(ours, tags)
     args.max_context = args.max_context or (2048 if ours else 8192)

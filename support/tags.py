@@ -84,8 +84,9 @@ def sights(env, turns):
         wanted = end if held and action == "use" else None if held else goal
         sought = wanted if wanted not in known else None
         sight = next((name for name in seen.get(here, ()) if kind(name) == wanted), None)
-        found.append((sought, f"{here} is closed." if "is closed" in observation else f"{sight} is here." if sight
-                      else f"no {sought} at {here}." if sought and here else told(observation)))
+        text = f"{sight} is here." if sight else f"no {sought} at {here}." if sought and here else None
+        text = f"{here} is closed." if "is closed" in observation else text or told(observation)
+        found.append((sought, text))
     return found
 
 

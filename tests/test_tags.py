@@ -1,6 +1,8 @@
 """RLVMR's tags: the format, what the expert's turns are tagged with, and how a policy comes to know them."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -207,3 +209,27 @@ def test_cold_start_with_tags_ends_in_a_policy_that_is_noted_to_know_them(init, 
     chat, tiny = make_chat(tokenizer, "alfworld", out)
     assert tiny and chat.tags and model.config.vocab_size >= len(tokenizer)
     assert len(tokenizer.encode("<reflection>", add_special_tokens=False)) == 1
+
+
+def test_training_with_tags_keeps_them_and_a_policy_without_is_refused_in_a_line(tmp_path, tagged_chat):
+    """Answers may be as long as tagged ones are, and the checkpoint is noted to know the tags: else an
+    evaluation would ask for none, or cut them off."""
+    model = tiny_model(tagged_chat.tokenizer, hidden=32, layers=1, heads=2, feed_forward=64)
+    start, run = str(tmp_path / "start"), str(tmp_path / "run")
+    save_policy(start, model, tagged_chat.tokenizer, prompt="short", tags=True)
+
+    def train(model):
+        flags = ("--credit rlvmr --games generated --iterations 1 --tasks 2 --group-size 2 --updates 1 "
+                 "--max-steps 2 --eval-games 0 --classifier none --workers 1").split()
+        return subprocess.run([sys.executable, "train.py", "--model", model, "--out", run, *flags], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    refused = train("policies/tiny")
+    assert refused.returncode != 0 and "Traceback" not in refused.stdout
+    last = refused.stdout.strip().split("\n")[-1]
+    assert last.startswith("train.py: --credit rlvmr needs a policy that was taught tags, and policies/tiny")
+    done = train(start)
+    assert done.returncode == 0, done.stdout
+    check_tags(os.path.join(run, "checkpoint-000001"))
+    with open(os.path.join(run, "config.json")) as file:
+        assert json.load(file)["max_new_tokens"] == 64
