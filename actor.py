@@ -68,7 +68,7 @@ def forward(model, sequences, sampled, temperature=1.0, branches=None, value_hea
                               entropy_grad=entropy_grad)
 
     out = {}
-    rows, columns = places([(b, t) for b, row in enumerate(sampled) for t, chosen in enumerate(row) if chosen])
+    rows, columns = places([(b, t) for b, row in enumerate(sampled) for t, ours in enumerate(row) if ours])
     out["logprobs"], out["entropy"] = score(rows, columns, temperature or 1.0)                  # (N,), (N,)
     if any(branches):
         asked = [(b, start + len(question), verdict)                                    # Q verdicts and where
@@ -153,8 +153,8 @@ def pack_branches(sequences, branches, pad=0):
     positions = torch.arange(width).repeat(len(rows), 1)                                       # (B, T)
     if not any(branches):
         return tokens, positions, None, starts
-    segment = torch.zeros(len(rows), width, dtype=torch.long)  # 0: the episode (or padding), k: its k-th branch
-    limit = torch.arange(1, width + 1).repeat(len(rows), 1)    # how many columns of the episode a token may see
+    segment = torch.zeros(len(rows), width, dtype=torch.long)  # 0: episode or padding, k: its k-th branch
+    limit = torch.arange(1, width + 1).repeat(len(rows), 1)    # columns of the episode a token may see
     for b, (questions, begin) in enumerate(zip(branches, starts)):
         for k, ((end, ids), start) in enumerate(zip(questions, begin)):
             span = slice(start, start + len(ids))

@@ -5,14 +5,15 @@
     python evaluate.py --model runs/.../checkpoint-000032 --temperature 0 --json > b.json    # greedy
     python evaluate.py --agent expert                                       # one end of the scale ...
     python evaluate.py --agent random                                       # ... and the other
-    python evaluate.py --compare policies/tiny runs/.../checkpoint-000032   # the same games, paired (or two .json files)
+    python evaluate.py --compare policies/tiny runs/.../checkpoint-000032   # the same games, paired (or .json)
 
-The games are sorted and each is played once, so the result depends on the checkpoint and, if sampled, on the seed; the
-number of workers changes nothing. Success comes with Wilson's interval, which behaves near 0 and 1 as well; the mean
-score and paired differences with bootstrap intervals; two checkpoints' successes with McNemar's exact test.
+The games are sorted and each is played once, so the result depends on the checkpoint and, if sampled, on the
+seed; the number of workers changes nothing. Success comes with Wilson's interval, which behaves near 0 and 1
+as well; the mean score and paired differences with bootstrap intervals; two checkpoints' successes with
+McNemar's exact test.
 
-Scores: ScienceWorld's 0 to 100; the -100 of a fatal mistake counts as 0 in the mean, as in published figures, and the
-fatal episodes are counted beside it.
+Scores: ScienceWorld's 0 to 100; the -100 of a fatal mistake counts as 0 in the mean, as in published figures,
+and the fatal episodes are counted beside it.
 """
 
 import argparse
@@ -30,10 +31,11 @@ from rollout import FLAWS, Episode, Step, flaw_rates, judge, play
 NORMAL = 1.959964  # 97.5% quantile
 
 
-# ------------------------------------------------------------------------------------------------------ the statistics
+# --------------------------------------------------------------------------------------------- the statistics
 
 def wilson(successes, n, z=NORMAL):
-    """95% interval of a proportion (Wilson 1927): the p for which the count is within z standard errors of n p.
+    """95% interval of a proportion (Wilson 1927): the p for which the count is within z standard errors of n
+    p.
 
     >>> [round(x, 3) for x in wilson(8, 10)]
     [0.49, 0.943]
@@ -67,8 +69,8 @@ def bootstrap(values, draws=10_000, seed=0):
 
 
 def mcnemar(only_a, only_b):
-    """Exact two-sided p-value (McNemar 1947): of the games that only one of the two won, each is a fair coin under
-    the hypothesis that A and B are equally good.
+    """Exact two-sided p-value (McNemar 1947): of the games that only one of the two won, each is a fair coin
+    under the hypothesis that A and B are equally good.
 
     >>> mcnemar(2, 8)  # 2 * (1 + 10 + 45) / 1024
     0.109375
@@ -80,12 +82,13 @@ def mcnemar(only_a, only_b):
 
 
 def summarize(episodes):
-    """Success with interval, overall and per task type; score where there is one; steps and flaw rates; every game."""
+    """Success with interval, overall and per task type; score where there is one; steps and flaw rates; every
+    game."""
     def line(chosen):
         won = sum(e.won for e in chosen)
         low, high = wilson(won, len(chosen))
-        found = {"games": len(chosen), "won": won, "success": won / max(1, len(chosen)), "low": low, "high": high,
-                 "steps": sum(len(e.steps) for e in chosen) / max(1, len(chosen))}
+        found = {"games": len(chosen), "won": won, "success": won / max(1, len(chosen)),
+                 "low": low, "high": high, "steps": sum(len(e.steps) for e in chosen) / max(1, len(chosen))}
         scores = [max(0, e.score) for e in chosen if e.score is not None]
         if scores:
             low, high = bootstrap(scores)
@@ -97,17 +100,20 @@ def summarize(episodes):
         by_task[episode.game.task_type].append(episode)
     return {**line(episodes), **flaw_rates(episodes), "truncated": sum(e.truncated for e in episodes),
             "tasks": {task: line(by_task[task]) for task in sorted(by_task)},
-            "played": {e.game.name: {"won": e.won, "score": e.score, "steps": len(e.steps)} for e in episodes}}
+            "played": {e.game.name: {"won": e.won, "score": e.score, "steps": len(e.steps)}
+                       for e in episodes}}
 
 
 def compare(a, b):
     """Two results on the same games, paired: B minus A.
 
-    Returns games, only_a, only_b (won by one of them alone), p (McNemar), difference in success with a bootstrap
-    interval over games, and the same for the score where there is one. Raises ValueError where the games differ.
+    Returns games, only_a, only_b (won by one of them alone), p (McNemar), difference in success with a
+    bootstrap interval over games, and the same for the score where there is one. Raises ValueError where the
+    games differ.
     """
     if set(a["played"]) != set(b["played"]):
-        raise ValueError(f"the two results are not of the same games: {len(set(a['played']) ^ set(b['played']))} differ")
+        differ = len(set(a["played"]) ^ set(b["played"]))
+        raise ValueError(f"the two results are not of the same games: {differ} differ")
     pairs = [(a["played"][name], b["played"][name]) for name in sorted(a["played"])]
     only_a, only_b = (sum(p[i]["won"] and not p[1 - i]["won"] for p in pairs) for i in (0, 1))
     success = [p[1]["won"] - p[0]["won"] for p in pairs]
@@ -121,14 +127,16 @@ def compare(a, b):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------- the agents
+# ------------------------------------------------------------------------------------------------- the agents
 
-def evaluate(engine, pool, chat, games, max_steps=20, seed=0, batch=128, max_context=2048, show_actions=False):
+def evaluate(engine, pool, chat, games, max_steps=20, seed=0, batch=128, max_context=2048,
+             show_actions=False):
     """Play every game once with an engine; returns `summarize`'s dictionary and the episodes."""
     episodes, bad = [], []
     for begin in range(0, len(games), batch):
         chunk = [games[i] for i in range(begin, min(begin + batch, len(games)))]
-        played, report = play(engine, pool, chat, chunk, 1, max_steps, max_context, seed + begin, show_actions)
+        played, report = play(engine, pool, chat, chunk, 1, max_steps, max_context, seed + begin,
+                              show_actions)
         episodes += played
         bad += report["bad_games"]
     return {**summarize(episodes), "bad_games": bad}, episodes
@@ -150,7 +158,7 @@ def reference_result(agent, games, pool, max_steps, seed=0):
     return {**summarize(episodes), "bad_games": bad}
 
 
-# ---------------------------------------------------------------------------------------------------------- the report
+# ------------------------------------------------------------------------------------------------- the report
 
 def table(result):
     """The report as text."""
@@ -169,7 +177,8 @@ def table(result):
     if result["truncated"]:
         lines.append(f"{result['truncated']} episodes ended because the context was full")
     if result.get("bad_games"):
-        lines.append(f"skipped {len(result['bad_games'])} games that cannot be played: {result['bad_games'][0]} ...")
+        bad = result["bad_games"]
+        lines.append(f"skipped {len(bad)} games that cannot be played: {bad[0]} ...")
     return "\n".join(lines)
 
 
@@ -180,30 +189,36 @@ def comparison(found, a, b):
              f"{100 * found['high']:+.1f}; won by A alone {found['only_a']}, by B alone {found['only_b']}, "
              f"McNemar p = {found['p']:.3g}"]
     if "score_difference" in found:
-        lines.append(f"score   {found['score_difference']:+.1f} points, 95% interval {found['score_low']:+.1f} to "
-                     f"{found['score_high']:+.1f}")
+        lines.append(f"score   {found['score_difference']:+.1f} points, 95% interval "
+                     f"{found['score_low']:+.1f} to {found['score_high']:+.1f}")
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 def main():
     parser = argparse.ArgumentParser(description="Evaluate an agent: every game of a level or split once.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--agent", default="model", choices=["model", "expert", "random"], help="who plays")
     parser.add_argument("--env", default="alfworld", choices=levels.ENVS)
-    parser.add_argument("--model", help="Hugging Face folder or hub name (default: the tiny policy of the environment)")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two checkpoints, or two results saved with --json")
-    parser.add_argument("--level", default="L1", choices=levels.LEVELS, help="what is tested: see games/levels.py")
-    parser.add_argument("--split", help="instead of a level: train, valid_seen, valid_unseen (ALFWorld), train, dev, test")
-    parser.add_argument("--games", default="auto", choices=["auto", "official", "generated"], help="ALFWorld's")
-    parser.add_argument("--task-types", nargs="+", help="these only: ALFWorld 1-6, ScienceWorld's names or `short` (default: "
-                        "all; `short` where a tiny policy of ours plays)")
+    parser.add_argument("--model", help="Hugging Face folder or hub name (default: the tiny policy of the "
+                        "environment)")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two checkpoints, or two results "
+                        "saved with --json")
+    parser.add_argument("--level", default="L1", choices=levels.LEVELS, help="what is tested: see "
+                        "games/levels.py")
+    parser.add_argument("--split", help="instead of a level: train, valid_seen, valid_unseen (ALFWorld), "
+                        "train, dev, test")
+    parser.add_argument("--games", default="auto", choices=["auto", "official", "generated"],
+                        help="ALFWorld's")
+    parser.add_argument("--task-types", nargs="+", help="these only: ALFWorld 1-6, ScienceWorld's names or "
+                        "`short` (default: all; `short` where a tiny policy of ours plays)")
     parser.add_argument("--count", type=int, help="so many of the games only, for a quick look")
-    parser.add_argument("--max-steps", type=int, help="default 20 on generated games, 50 on official ones, 30 in "
-                        "ScienceWorld, 15 on its short tasks")
+    parser.add_argument("--max-steps", type=int, help="default 20 on generated games, 50 on official ones, "
+                        "30 in ScienceWorld, 15 on its short tasks")
     as_trained = "as the checkpoint was trained; else "
-    parser.add_argument("--engine", choices=["auto", "torch", "vllm"], help=f"who samples ({as_trained}torch)")
+    parser.add_argument("--engine", choices=["auto", "torch", "vllm"],
+                        help=f"who samples ({as_trained}torch)")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], help=f"({as_trained}float32)")
     parser.add_argument("--max-new-tokens", type=int, help=f"per answer ({as_trained}as train.py)")
     parser.add_argument("--max-context", type=int, help=f"tokens of an episode ({as_trained}as train.py)")
@@ -215,7 +230,8 @@ def main():
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="environment processes")
     parser.add_argument("--batch", type=int, default=128, help="episodes played side by side")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with every game, instead of the table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with every game, instead "
+                        "of the table")
     args = parser.parse_args()
     try:
         if not args.compare:
@@ -244,18 +260,21 @@ def run(args, folder):
     skipped = []
     quiet = lambda line: (skipped.append(line), print(line, file=sys.stderr))
     if args.split:
-        games = levels.list_games(args.env, args.split, args.games, levels.SHORT if types == ["short"] else types, args.count, quiet)
+        types_played = levels.SHORT if types == ["short"] else types
+        games = levels.list_games(args.env, args.split, args.games, types_played, args.count, quiet)
     else:
         games = levels.level_games(args.env, args.level, "test", args.games, types, args.count, quiet)
     steps = args.max_steps or levels.max_steps(kind, types)
-    about = {"agent": args.agent, "env": args.env, "games_from": kind, "level": None if args.split else args.level,
-             "split": args.split, "max_steps": steps, "seed": args.seed, "skipped": skipped}
+    about = {"agent": args.agent, "env": args.env, "games_from": kind, "split": args.split,
+             "level": None if args.split else args.level, "max_steps": steps, "seed": args.seed,
+             "skipped": skipped}
     with EnvPool(args.workers) as pool:
         if args.agent != "model":
             result = reference_result(args.agent, games, pool, steps, args.seed)
         else:
             args = argparse.Namespace(**vars(args))  # two checkpoints may have been trained in two ways
-            args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+            if args.device == "auto":
+                args.device = "cuda" if torch.cuda.is_available() else "cpu"
             engine, chat = player(args, folder)
             about |= {"model": folder, **{name: getattr(args, name) for name in PLAYED}}
             result, _ = evaluate(engine, pool, chat, games, steps, args.seed, args.batch, args.max_context,

@@ -1,13 +1,14 @@
 """Agents playing episodes: `Step`, `Episode`, the chat format, and `play`. Who samples: engines/.
 
 An episode is ONE token sequence, the whole conversation: system prompt, observation, action, observation, ...
-Tokens are *given* (prompt, observations) or *sampled* (the model's answers). The mask that tells them apart is made
-here, where the tokens are, and travels to the loss: only sampled tokens are ever trained on. Ids travel too; nothing
-is decoded and tokenised again, because that need not give back what was sampled.
+Tokens are *given* (prompt, observations) or *sampled* (the model's answers). The mask that tells them apart
+is made here, where the tokens are, and travels to the loss: only sampled tokens are ever trained on. Ids
+travel too; nothing is decoded and tokenised again, because that need not give back what was sampled.
 
-    <|im_start|>system ... <|im_end|>  <|im_start|>user OBSERVATION <|im_end|>  <|im_start|>assistant
-                                                                                 <action>go to bed 1</action><|im_end|>
-    \\________________________ given, mask 0 ________________________________/  \\________ sampled, mask 1 _________/
+    <|im_start|>system ... <|im_end|> <|im_start|>user OBSERVATION <|im_end|> <|im_start|>assistant   given, 0
+        <action>go to bed 1</action><|im_end|>                                                      sampled, 1
+    <|im_start|>user OBSERVATION <|im_end|> <|im_start|>assistant                                     given, 0
+        ...
 
 This file knows no loss.
 """
@@ -22,31 +23,33 @@ from jinja2 import TemplateError
 
 SYSTEM = {"alfworld": "Do the task in this house. Reply <action>command</action>.",
           "scienceworld": "Do the task in this lab. Reply <action>command</action>."}
-SYSTEM_INSTRUCT = {  # for models that were not cold-started on the short one; `{o}` an object, `{r}` a receptacle
+SYSTEM_INSTRUCT = {  # for models not cold-started on the short one; `{o}` an object, `{r}` a receptacle
     "alfworld": (
-        "You are an agent in a household and must do the task you are given. Each turn you read an observation and "
-        "answer with one command. You may first think briefly inside <think>...</think>; then write exactly one "
-        "command inside <action>...</action>. Commands: go to {r} | open {r} | close {r} | take {o} from {r} | "
-        "move {o} to {r} | use {o} | clean {o} with {r} | heat {o} with {r} | cool {o} with {r} | "
-        "slice {o} with {o} | look | inventory | examine {o or r}. Name things as observations do, such as `mug 1`."),
+        "You are an agent in a household and must do the task you are given. Each turn you read an "
+        "observation and answer with one command. You may first think briefly inside <think>...</think>; "
+        "then write exactly one command inside <action>...</action>. Commands: go to {r} | open {r} | "
+        "close {r} | take {o} from {r} | move {o} to {r} | use {o} | clean {o} with {r} | heat {o} with "
+        "{r} | cool {o} with {r} | slice {o} with {o} | look | inventory | examine {o or r}. Name things "
+        "as observations do, such as `mug 1`."),
     "scienceworld": (
-        "You are an agent in a building with a laboratory and must do the task you are given. Each turn you read an "
-        "observation and answer with one command. You may first think briefly inside <think>...</think>; then write "
-        "exactly one command inside <action>...</action>. Commands: look around | look at {o} | look in {o} | "
-        "teleport to {room} | open {o} | close {o} | pick up {o} | put down {o} | move {o} to {o} | pour {o} in {o} | "
-        "dunk {o} in {o} | mix {o} | use {o} on {o} | activate {o} | deactivate {o} | connect {o} to {o} | "
-        "disconnect {o} | read {o} | eat {o} | flush {o} | focus on {o} | inventory | wait | wait1. Focus only on what "
-        "the task names: focusing on anything else ends it.")}
+        "You are an agent in a building with a laboratory and must do the task you are given. Each turn "
+        "you read an observation and answer with one command. You may first think briefly inside "
+        "<think>...</think>; then write exactly one command inside <action>...</action>. Commands: look "
+        "around | look at {o} | look in {o} | teleport to {room} | open {o} | close {o} | pick up {o} | "
+        "put down {o} | move {o} to {o} | pour {o} in {o} | dunk {o} in {o} | mix {o} | use {o} on {o} | "
+        "activate {o} | deactivate {o} | connect {o} to {o} | disconnect {o} | read {o} | eat {o} | flush "
+        "{o} | focus on {o} | inventory | wait | wait1. Focus only on what the task names: focusing on "
+        "anything else ends it.")}
 TAGS = ("planning", "explore", "reflection", "monitor")  # RLVMR's: each answer opens with one (credit.py)
 SYSTEM_TAGS = {env: text.replace("Reply", "Reply <planning>, <explore>, <reflection> or <monitor>, then")
                for env, text in SYSTEM.items()}
 THINK = ("You may first think briefly inside <think>...</think>; then write exactly one command inside "
          "<action>...</action>.")
 THINK_TAGGED = (
-    "First think briefly inside exactly one of four tags: <planning>...</planning> to lay out the steps to the "
-    "goal, <explore>...</explore> to look where you have not looked, <reflection>...</reflection> to correct an "
-    "action that failed, <monitor>...</monitor> to follow your plan; then write exactly one command inside "
-    "<action>...</action>.")
+    "First think briefly inside exactly one of four tags: <planning>...</planning> to lay out the steps to "
+    "the goal, <explore>...</explore> to look where you have not looked, <reflection>...</reflection> to "
+    "correct an action that failed, <monitor>...</monitor> to follow your plan; then write exactly one "
+    "command inside <action>...</action>.")
 QUESTION = "good or bad?"  # the generative classifier's, after an action
 VERDICTS = ("bad", "good")  # by label: 0 bad, 1 good
 NO_ACTION = "No action found."  # the observation after an answer without <action>...</action>
@@ -67,7 +70,8 @@ class Step:
     The flaws, kept apart (an action may have several):
       malformed     no single <action>...</action> in the answer; in runs with tags, no single tag before it
       inadmissible  the world does not allow the command in this state
-      no_effect     admissible, and the world's state is what it was. ALFWorld: looking around counts, it tells nothing
+      no_effect     admissible, and the world's state is what it was. ALFWorld: looking around counts, it tells
+                    nothing
                     that was not told on arrival; ScienceWorld: only where the answer has been read before
       repeated      this command was tried before in this very state
       revisited     it leads back to a state where the episode has been before
@@ -140,7 +144,7 @@ def digest(text):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-# ------------------------------------------------------------------------------------------------------ the chat format
+# -------------------------------------------------------------------------------------------- the chat format
 
 class ChatFormat:
     """The tokenizer's own chat template, cut into the two pieces that a growing conversation needs.
@@ -153,7 +157,8 @@ class ChatFormat:
     def __init__(self, tokenizer, system, tags=False, ends=()):
         """ends: ids that end a turn besides the template's own, such as those of the generation config."""
         if not tokenizer.chat_template:
-            raise ValueError(f"the tokenizer in {tokenizer.name_or_path!r} has no chat template: use an instruction-tuned model")
+            raise ValueError(f"the tokenizer in {tokenizer.name_or_path!r} has no chat template: use an "
+                             "instruction-tuned model")
         self.tokenizer, self.system, self.tags, self.system_role = tokenizer, system, tags, True
         try:
             self._render("x")
@@ -165,8 +170,8 @@ class ChatFormat:
         self.eos = closing[special[0]] if special else tokenizer.eos_token_id
         self.ends = {self.eos, *ends} - {None}
         if not self.ends:
-            raise ValueError(f"{tokenizer.name_or_path!r}: neither chat template nor generation config says what "
-                             "ends a turn")
+            raise ValueError(f"{tokenizer.name_or_path!r}: neither chat template nor generation config says "
+                             "what ends a turn")
 
     def _encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -200,8 +205,8 @@ class ChatFormat:
         return found[0].strip() if len(found) == 1 and found[0].strip() else None
 
     def parse(self, ids):
-        """(command, tag) of an answer; without tags the tag is None. With tags: <tag>...</tag> first, exactly one
-        of the four, then the action. Both are None where that is not so."""
+        """(command, tag) of an answer; without tags the tag is None. With tags: <tag>...</tag> first, exactly
+        one of the four, then the action. Both are None where that is not so."""
         action = self.parse_action(ids)
         if not self.tags:
             return action, None
@@ -212,10 +217,11 @@ class ChatFormat:
         return action, opens[1]
 
 
-# -------------------------------------------------------------------------------------------------------------- playing
+# ---------------------------------------------------------------------------------------------------- playing
 
 def judge(step, before, after, tried, visited):
-    """Set a step's flaws, states and reward between two observations; `tried`, `visited`: its episode's memory."""
+    """Set a step's flaws, states and reward between two observations; `tried`, `visited`: its episode's
+    memory."""
     step.state, step.next_state, step.reward = before.state, after.state, after.reward
     step.inadmissible = not after.accepted
     step.no_effect = after.accepted and not after.effect
@@ -226,11 +232,13 @@ def judge(step, before, after, tried, visited):
 
 
 def with_actions(pool, observations):
-    """{slot: text} with the admissible commands named after each observation; `observations`: {slot: Observation}."""
+    """{slot: text} with the admissible commands named after each observation; `observations`: {slot:
+    Observation}."""
     dear = [slot for slot, o in observations.items() if o.admissible is None]
     commands = {slot: o.admissible for slot, o in observations.items() if o.admissible is not None}
     commands |= dict(zip(dear, pool.admissible(dear)))
-    return {slot: f"{o.text}\n\nAdmissible commands: {' | '.join(commands[slot])}" for slot, o in observations.items()}
+    return {slot: f"{o.text}\n\nAdmissible commands: {' | '.join(commands[slot])}"
+            for slot, o in observations.items()}
 
 
 def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048, seed=0, show_actions=False):
@@ -242,10 +250,11 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
         games: list of Game. A game that cannot be played is left out (its group with it).
         max_context: an episode that would outgrow this many tokens ends there, flagged `truncated`.
         show_actions: name the admissible commands in every observation.
-    Returns: (episodes in the order of the games, {"sample": seconds, "env": seconds, "bad_games": [messages]}).
+    Returns: (episodes in the order of the games, {"sample": seconds, "env": seconds, "bad_games":
+        [messages]}).
     """
     seconds = {"sample": 0.0, "env": 0.0, "bad_games": []}
-    texts_of = (lambda o: with_actions(pool, o)) if show_actions else (lambda o: {s: x.text for s, x in o.items()})
+    texts_of = lambda o: with_actions(pool, o) if show_actions else {s: x.text for s, x in o.items()}
     clock = time.perf_counter()
     first = pool.reset([game for game in games for _ in range(group_size)])
     by_slot, now = {}, {}  # slot -> Episode; slot -> latest observation, of running episodes
@@ -257,7 +266,8 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
             continue
         # The advantage compares episodes of a group with one another: they must be the same task.
         if observation.text != leader.text:
-            raise RuntimeError(f"the episodes of group {slot // group_size} ({games[slot // group_size].name}) start differently")
+            raise RuntimeError(f"the episodes of group {slot // group_size} "
+                               f"({games[slot // group_size].name}) start differently")
         by_slot[slot], now[slot] = Episode(games[slot // group_size], slot // group_size), observation
     tried = {slot: defaultdict(set) for slot in by_slot}
     visited = {slot: {observation.state} for slot, observation in now.items()}
@@ -266,7 +276,8 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
     engine.start(seed)
 
     def ask(slot):
-        """Have the engine continue this episode, or end it where it has no turn or no room left. Whether it was asked."""
+        """Have the engine continue this episode, or end it where it has no turn or no room left. Whether it
+        was asked."""
         episode = by_slot[slot]
         if len(episode.steps) == max_steps:
             return False

@@ -1,0 +1,91 @@
+"""The house: what lies where, and who may import whom. Read from the source, lazy imports included."""
+
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FOLDERS = ("games", "engines", "support")
+METHOD = ("train", "grpo", "classifier_loss", "actor", "rollout", "evaluate", "toy_bandit")
+
+
+def files():
+    """{module name: path} of everything of ours but the tests."""
+    found = {name[:-3]: name for name in os.listdir(ROOT) if name.endswith(".py")}
+    for folder in FOLDERS:
+        found |= {f"{folder}.{name[:-3]}": f"{folder}/{name}" for name in os.listdir(os.path.join(ROOT, folder))
+                  if name.endswith(".py") and name != "__init__.py"}
+    return found
+
+
+def read(path):
+    with open(os.path.join(ROOT, path)) as file:
+        return file.read()
+
+
+def imports(path):
+    """Names of the modules that a file imports anywhere, ours as `folder.module`."""
+    found = set()
+    for node in ast.walk(ast.parse(read(path))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module in FOLDERS else {node.module}
+    return found
+
+
+def test_what_one_sees_first_is_the_lesson():
+    top = [name for name in files() if "." not in name]
+    assert len(top) <= 11 and set(METHOD) <= set(top)
+    assert len(read("train.py").splitlines()) <= 300
+    for folder in FOLDERS:
+        assert len(ast.get_docstring(ast.parse(read(f"{folder}/__init__.py"))).splitlines()) >= 3
+        assert not any(os.path.isdir(os.path.join(ROOT, folder, name)) and name != "__pycache__"
+                       for name in os.listdir(os.path.join(ROOT, folder)))
+
+
+def test_who_may_import_whom():
+    ours = set(files())
+    for name, path in files().items():
+        found = imports(path)
+        mine = {one for one in found if one in ours}
+        if name in ("grpo", "classifier_loss", "actor"):
+            assert {one.split(".")[0] for one in found} - set(sys.stdlib_module_names) == {"torch"}, name
+        if name.startswith("games."):
+            assert all(one.startswith("games.") for one in mine), (name, mine)
+            assert not any(one.split(".")[0] in ("torch", "transformers") for one in found), name
+        if name.startswith("engines."):
+            assert mine <= {"actor"} | {one for one in ours if one.startswith("engines.")}, (name, mine)
+
+
+def test_no_circle_of_imports():
+    graph = {name: imports(path) & set(files()) for name, path in files().items()}
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join(path[path.index(name):] + [name])
+        if name not in done:
+            path.append(name)
+            for other in sorted(graph[name]):
+                visit(other)
+            path.pop()
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name)
+    assert any(graph.values())
+
+
+@pytest.mark.parametrize("name", METHOD)
+def test_method_files_fit_a_screen_s_width(name):
+    assert [line for line in read(f"{name}.py").splitlines() if len(line) > 110] == []
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_scripts_run_from_any_working_directory(script, tmp_path):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, script), "--help"], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
