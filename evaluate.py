@@ -5,7 +5,7 @@
     python evaluate.py --model runs/.../checkpoint-000032 --temperature 0 --json > b.json    # greedy
     python evaluate.py --agent expert                                       # one end of the scale ...
     python evaluate.py --agent random                                       # ... and the other
-    python evaluate.py --compare policies/tiny runs/.../checkpoint-000032   # the same games, paired (or .json)
+    python evaluate.py --compare policies/tiny runs/.../checkpoint-000032   # the same games, paired
 
 The games are sorted and each is played once, so the result depends on the checkpoint and, if sampled, on the
 seed; the number of workers changes nothing. Success comes with Wilson's interval, which behaves near 0 and 1

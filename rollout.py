@@ -70,9 +70,9 @@ class Step:
     The flaws, kept apart (an action may have several):
       malformed     no single <action>...</action> in the answer; in runs with tags, no single tag before it
       inadmissible  the world does not allow the command in this state
-      no_effect     admissible, and the world's state is what it was. ALFWorld: looking around counts, it tells
-                    nothing
-                    that was not told on arrival; ScienceWorld: only where the answer has been read before
+      no_effect     admissible, and the world's state is what it was. ALFWorld: looking around counts, it
+                    tells nothing that was not told on arrival; ScienceWorld: only where the answer has been
+                    read before
       repeated      this command was tried before in this very state
       revisited     it leads back to a state where the episode has been before
 

@@ -96,3 +96,51 @@ def test_a_run_of_two_processes(how, tokenizer, tmp_path):
     assert list(map(timeless, rows_of(out))) == list(map(timeless, rows))
     again, _ = policies.load_policy(os.path.join(out, "checkpoint-000002"))
     assert all(torch.equal(w, again.state_dict()[n]) for n, w in model.state_dict().items())
+
+
+DYING_ENGINE = """
+import pickle, sys, torch
+from types import SimpleNamespace
+sys.path.insert(0, sys.argv[2])
+from accelerate import Accelerator
+from support import run as running
+from support.processes import shard
+accelerator = Accelerator(cpu=True)
+with open(sys.argv[1], "rb") as file:
+    model = pickle.load(file)
+whole = {n: p.clone() for n, p in model.state_dict().items()}
+shard(model)
+calls, rank = [], accelerator.process_index
+
+class Engine:
+    def load(self, weights):
+        assert all(torch.equal(weights[n], p) for n, p in whole.items())
+        calls.append("load")
+
+def play(engine, pool, chat, games, *_):
+    if rank == 1 and "died" not in calls:
+        calls.append("died")
+        raise RuntimeError("engine core died")
+    return [SimpleNamespace(group=0, steps=[1])], {"sample": 1.0 + rank, "env": 2.0, "bad_games": ["x"] * rank}
+
+running.play, running.make_engine = play, lambda *_: Engine()
+args = SimpleNamespace(engine="vllm", group_size=2, max_steps=1, max_context=9, show_actions=False, out="", reward="score")
+run = SimpleNamespace(args=args, accelerator=accelerator, engine=Engine(), pool=SimpleNamespace(restarts=1), chat=None,
+                      model=model, folder="", engine_restarts=0, bad_games=set())
+episodes, report = running.collect_episodes(run, ["a", "b"], 0)
+assert calls == (["died", "load"] if rank else []), calls
+assert [e.group for e in episodes] == [0, 1]
+assert report == {"seconds_sample": 2.0, "seconds_env": 2.0, "bad_games": ["x"], "worker_restarts": 2}
+print("fine", rank)
+"""
+
+
+def test_one_process_s_dead_engine_is_restarted_with_spread_weights(model, tmp_path):
+    """Regression: the process whose engine had died gathered the spread weights alone, and waited for ever. And what the
+    log says of bad games, seconds and restarts is of all processes, not of the first one."""
+    path, script = str(tmp_path / "model.pickle"), tmp_path / "child.py"
+    with open(path, "wb") as file:
+        pickle.dump(model, file)
+    script.write_text(DYING_ENGINE)
+    done = launch(str(script), path, ROOT, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("fine") == 2, done.stdout + done.stderr[-2000:]
