@@ -144,7 +144,7 @@ def check_model(model):
 def add_lora(model, rank):
     """Train low-rank additions to all linear layers instead of the weights themselves (Hu et al. 2021), through peft.
 
-    The weights are frozen; with the additions switched off (`reference_of`) the model is the one it began as, so that
+    The weights are frozen; with the additions switched off (`disable_adapter`) the model is the one it began as, so that
     the KL's reference costs no second copy.
     """
     from peft import LoraConfig, get_peft_model

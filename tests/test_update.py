@@ -81,7 +81,7 @@ def test_observation_tokens_get_no_gradient(model, chat, episodes):
     run_update(model, chat, [episode, episodes[1]])
     handle.remove()
     assert caught["rows"] == sum(episode.sampled) + sum(episodes[1].sampled)  # the head never sees another place
-    # Exchange a token of the last observation's *target* role only: the loss must not notice given tokens as targets.
+    # And what is scored is what the model itself says of the sampled tokens, one place to their left.
     batch = make_batch(episodes[:2], advantages_of(episodes[:2]))
     out = forward(model, batch.sequences, batch.sampled)
     logits = model(input_ids=torch.tensor([episode.tokens])).logits[0]
