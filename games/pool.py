@@ -47,7 +47,7 @@ def worker():
             return
         answers = []
         for slot, what in batch:
-            game = what if isinstance(what, Game) else what[1] if what[0] == "gold_path" else None
+            game = what if isinstance(what, Game) else what[1] if what[0] in ("gold_path", "oracle") else None
             try:
                 if game is not None:
                     env_of[slot] = game.env
@@ -111,6 +111,16 @@ class EnvPool:
         """ScienceWorld's own solutions: for each game a list of commands, or the BadGame. Ends all episodes."""
         self._assign(len(games))
         return self._ask([(slot, ("gold_path", game)) for slot, game in enumerate(games)])
+
+    def oracle(self, games, histories):
+        """What games/oracle.py says of played episodes: for each a list of (label, distance before, distance after), one
+        for each command of its history (None: an answer without one), or the BadGame. Ends all episodes."""
+        answers, batch = [], 4 * self.size  # few at a time: a worker that says nothing for long is taken for dead
+        for begin in range(0, len(games), batch):
+            chunk = list(zip(games, histories))[begin:begin + batch]
+            self._assign(len(chunk))
+            answers += self._ask([(slot, ("oracle", game, list(history))) for slot, (game, history) in enumerate(chunk)])
+        return answers
 
     def _assign(self, count):
         share = -(-count // len(self.processes))
