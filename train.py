@@ -35,26 +35,20 @@ import time
 
 import torch
 
-from classifier_loss import (LEFT_OUT, balanced_weights, choose_questions, flaw_labels, generative_loss,
-                             outcome_labels, rule_labels, value_head_loss)
+from classifier_loss import LEFT_OUT, balanced_weights, choose_questions, generative_loss, value_head_loss
 from credit import CREDIT
 from games import levels
 from grpo import group_advantages, grpo_loss, token_weights
 from support.batches import deal, forward, lay_out, micro_batches
 from support.controls import CONTROLS, classifier_coef
+from support.critic import NoCritic
+from support.labels import LABELS
 from support.logs import Tally
 from support.policies import sync
 from support.processes import add_up, clip_gradients, is_sharded, own_share
 from support.run import (collect_episodes, compare_engine, finish_iteration, gradient_norms_apart, prepare,
                          score, set_rate, smooth_entropy, step_if_finite)
 from support.setup import check, setup
-
-LABELS = {  # --labels: from the steps of an iteration to good (1), bad (0), left out (-1); (S,) long each
-    "flaws": lambda batch: flaw_labels(batch.flawed),
-    "rules": lambda batch: rule_labels(batch.won, batch.flawed),
-    "outcome": lambda batch: outcome_labels(batch.advantages),
-}
-
 
 def train(args, run):
     """The method. Shapes: E episodes, S steps, N sampled tokens, in groups of G episodes of one game."""
@@ -75,7 +69,7 @@ def train(args, run):
         batch.advantages = outcome[batch.episode_of_step]                                       # (S,)
 
         # 3. Labels: which single steps were good and which bad, whatever became of the episode.
-        batch.labels = batch.true_labels = LABELS[args.labels](batch)                           # (S,)
+        batch.labels = batch.true_labels = LABELS[args.labels](batch, run)                      # (S,)
         batch.labels = CONTROLS[args.control](batch, seed)  # unchanged, but for a control of an experiment
 
         # 4. Credit: rules other than GRPO's look at single steps.
@@ -184,6 +178,8 @@ def main():
         except OSError as error:
             sys.exit(f"train.py: cannot write to --out {args.out}: {error.strerror or error}. What is there "
                      f"is whole; once that is mended, go on with: {again}")
+        except NoCritic as error:
+            sys.exit(f"train.py: {error} {again}")
         except KeyboardInterrupt:
             sys.exit(f"\ntrain.py: stopped. Go on from the last checkpoint with: {again}")
 
@@ -257,8 +253,9 @@ def parse_arguments():
     flag("--classifier", default="value", choices=["none", "generative", "value", "both"],
          help="form of L_cls")
     flag("--classifier-coef", type=float, default=0.3, help="lambda")
-    flag("--labels", default="flaws", choices=list(LABELS), help="which steps are good, which bad: "
-         "classifier_loss.py")
+    flag("--labels", default="flaws", choices=list(LABELS), help="good and bad steps: support/labels.py")
+    flag("--critic-url", help="of the critic for --labels critic, up to /v1")
+    flag("--critic-model", help="its name there")
     flag("--head-lr", type=float, default=1e-3, help="peak rate of the value head, whatever the policy's is")
     flag("--head-layer", type=int, default=-1, help="hidden state that the value head reads: 0 the "
          "embeddings, 1 after the first layer, ..., -1 the last")

@@ -18,7 +18,7 @@ import re
 import struct
 import tempfile
 
-from games import houses
+from games import houses, oracle, planner
 from games.game import BadGame, Observation
 
 # Facts that change while one plays. `checked` is left out: the engine sets it when the agent merely looks.
@@ -187,6 +187,15 @@ class ALFWorld:
 
     def admissible(self):
         return self._last.admissible
+
+    def distance(self):
+        """Commands from here to the goal by a shortest plan: inf where none leads there, None where it was not found."""
+        state = self._engine._pddl_state
+        problem = planner.problem_of(state.sas)
+        return planner.distance(problem, planner.state_of(problem, state._facts))
+
+    def oracle(self, game, commands):
+        return oracle.alfworld_labels(self, game, commands)
 
     def _observe(self, state, command=None):
         self.raw = state.feedback  # as the engine wrote it

@@ -34,7 +34,7 @@ def make_world(env):
 
 def game_of(what):
     """The game that a request loads, or None."""
-    return what if isinstance(what, Game) else what[1] if what[0] == "gold_path" else None
+    return what if isinstance(what, Game) else what[1] if what[0] in ("gold_path", "oracle") else None
 
 
 def worker():
@@ -121,6 +121,16 @@ class EnvPool:
         """ScienceWorld's own solutions: for each game a list of commands, or the BadGame. Ends all episodes."""
         self._assign(len(games))
         return self._ask([(slot, ("gold_path", game)) for slot, game in enumerate(games)])
+
+    def oracle(self, games, histories):
+        """What games/oracle.py says of played episodes: for each a list of (label, distance before, distance after), one
+        for each command of its history (None: an answer without one), or the BadGame. Ends all episodes."""
+        answers, batch = [], 4 * self.size  # few at a time: a worker that says nothing for long is taken for dead
+        for begin in range(0, len(games), batch):
+            chunk = list(zip(games, histories))[begin:begin + batch]
+            self._assign(len(chunk))
+            answers += self._ask([(slot, ("oracle", game, list(history))) for slot, (game, history) in enumerate(chunk)])
+        return answers
 
     def _assign(self, count):
         share = -(-count // len(self.processes))

@@ -25,8 +25,10 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 
+from games import oracle
 from games.game import BadGame, Observation
 
 SIMPLIFICATION = "easy"  # as in the paper: teleport, open doors, flower pots that water themselves, no wiring where unneeded
@@ -171,6 +173,17 @@ class ScienceWorld:
         """The simulator's own solution (it knows everything): a list of commands. Raises BadGame."""
         self._load(game, gold=True)
         return list(self.server.getGoldActionSequence())
+
+    def room(self):
+        """Name of the room in which the agent is."""
+        return re.search(r"is called the (.+?)\.", self.simulation.freeActionLook())[1]
+
+    def required_subgoals(self):
+        """How many of the task's required subgoals are reached. The optional ones count in the score, but not here."""
+        return self.server.getGoalProgressStr().partition("Unordered")[0].count("\ttrue\t")
+
+    def oracle(self, game, commands):
+        return oracle.science_labels(self, game, commands)
 
     def _observe(self, raw, score, completed):
         self.raw = raw  # as the simulator wrote it

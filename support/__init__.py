@@ -4,6 +4,8 @@ May import: everything of ours. Nothing of the method (losses, advantages, label
 
 setup.py run.py    from arguments to a run; what a run does around the method, one named call each
 batches.py         episodes laid end to end, and the part of them that a micro-batch needs
+labels.py          the label sources, and controls.py what takes something away from them
+critic.py          a language model as judge            label_table.py   which labels agree with the oracle?
 warmup.py          before RL: a policy that never saw the classifier's question learns it
 policies.py        the tiny policy; loading, saving, LoRA, half precision of any
 processes.py       several processes: shares of the work, sums over them, weights spread over them (FSDP)

@@ -216,7 +216,7 @@ def bench_loop(model_folder, tasks=16, group=8, repeats=3):
                            epo=0.0, iterations=1, labels="flaws", weighting="token", questions=3)
     batch = lay_out(episodes)
     batch.advantages = (2.0 * batch.won - 1.0)
-    batch.labels = LABELS["flaws"](batch)
+    batch.labels = LABELS["flaws"](batch, None)
     weigh(args, batch, seed=0)
 
     def separately():

@@ -23,7 +23,7 @@ from support.curves import draw, read_metrics
 from support.logs import line_of, log, metrics_of, write_samples
 from support.policies import plain_state_dict, sync
 from support.processes import clip_gradients
-from support.setup import PLAYED, make_engine
+from support.setup import PLAYED, check_episodes, make_engine
 from support.warmup import warm_up
 
 
@@ -71,10 +71,7 @@ def collect_episodes(run, games, seed):
               "bad_games": [line for r in reports for line in r["bad_games"]],
               "worker_restarts": sum(r["worker_restarts"] for r in reports)}
     episodes = sorted(gather_object(episodes), key=lambda e: e.group)
-    if not episodes:
-        sys.exit(f"train.py: none of the games can be played: {report['bad_games'][0]}")
-    if not all(e.steps for e in episodes):
-        sys.exit(f"train.py: --max-context {args.max_context} is too small for a first prompt and one answer")
+    check_episodes(args, episodes, report["bad_games"])
     for line in report["bad_games"]:
         if line not in run.bad_games:
             run.bad_games.add(line)

@@ -42,6 +42,8 @@ def check(args, error):
         error("--shard needs --warmup-updates 0: the warm-up runs on one process")
     if args.control == "stop-gradient" and args.classifier != "value":
         error("--control stop-gradient goes with --classifier value: the generative form has no head of its own to learn")
+    if args.labels == "critic" and not (args.critic_url and args.critic_model):
+        error("--labels critic needs --critic-url and --critic-model: an OpenAI-compatible address and a model there")
     if args.epo < 0:
         error("--epo must not be negative")
     if args.lora_rank < 0:
@@ -126,6 +128,14 @@ def fill_limits(args, ours, tags):
     """How long an answer and an episode may grow, in tokens, where the user did not say."""
     args.max_new_tokens = args.max_new_tokens or answer_tokens(ours, tags)
     args.max_context = args.max_context or (2048 if ours else 8192)
+
+
+def check_episodes(args, episodes, bad_games):
+    """End the run, by one line, where nothing was played."""
+    if not episodes:
+        sys.exit(f"train.py: none of the games can be played: {bad_games[0]}")
+    if not all(e.steps for e in episodes):
+        sys.exit(f"train.py: --max-context {args.max_context} is too small for a first prompt and one answer")
 
 
 def in_half(args):

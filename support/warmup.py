@@ -14,22 +14,23 @@ from classifier_loss import generative_loss, value_head_loss
 from games import levels
 from rollout import play
 from support.batches import forward, lay_out, micro_batches
-from support.setup import ADAMW
+from support.setup import ADAMW, check_episodes
 
 
 def warm_up(run, label, weigh):
     """`supervise` on one round of the policy's own episodes, with an optimizer that is thrown away."""
     args, seed = run.args, run.args.seed * 1_000_003
     games = levels.sample_games(run.games, args.tasks, seed)
-    episodes, _ = play(run.engine, run.pool, run.chat, games, args.group_size, args.max_steps, args.max_context, seed,
-                       args.show_actions)
+    episodes, report = play(run.engine, run.pool, run.chat, games, args.group_size, args.max_steps, args.max_context,
+                            seed, args.show_actions)
+    check_episodes(args, episodes, report["bad_games"])
     parts = [{"params": list(part["params"]), "lr": part["peak"]} for part in run.optimizer.param_groups]
     optimizer = torch.optim.AdamW(parts, **ADAMW)
 
     def draw(generator):
         batch = lay_out([episodes[i] for i in torch.randperm(len(episodes), generator=generator)[:16].tolist()])
         batch.advantages = 2 * batch.won.float() - 1  # for labels by outcome
-        batch.labels = label(batch)
+        batch.labels = label(batch, run)
         return weigh(args, batch, int(torch.randint(2**31, (), generator=generator)))
 
     first, last = supervise(run.model, optimizer, draw, run.question, run.value_head, args.warmup_updates,

@@ -25,7 +25,7 @@ def make_batch(episodes, advantages, questions=3, labels="flaws", seed=0):
     """A batch with all its weights; `advantages`: (E,)."""
     batch = lay_out(episodes)
     batch.advantages = advantages[batch.episode_of_step]
-    batch.labels = train.LABELS[labels](batch)
+    batch.labels = train.LABELS[labels](batch, None)
     return train.weigh(SimpleNamespace(labels=labels, weighting="token", questions=questions), batch, seed)
 
 

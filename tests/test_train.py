@@ -181,6 +181,10 @@ def test_metrics_have_what_the_readme_promises(small_policy, tmp_path):
     (["--task-types", "fly"], "unknown task type 'fly'"),
     (["--lora-rank", "-1"], "--lora-rank must not be negative"),
     (["--tis-clip", "0"], "--tis-clip must be positive"),
+    (["--labels", "critic"], "--labels critic needs --critic-url and --critic-model"),
+    (["--control", "stop-gradient", "--classifier", "generative"], "has no head of its own to learn"),
+    (["--head-layer", "9"], "hidden states are numbered 0 to 2"),
+    (["--credit", "rlvmr"], "needs a policy that was taught tags"),
     (["--model", "no-template"], "has no chat template: use an instruction-tuned model"),
     (["--model", "torn"], "is not a checkpoint that transformers can load"),
     pytest.param(["--engine", "vllm"], "--engine vllm needs vLLM", marks=pytest.mark.skipif(
@@ -220,3 +224,14 @@ def test_checkpoints_appear_complete_or_not_at_all(tokenizer, model, tmp_path, m
     assert sorted(os.listdir(folder)) == before
     with open(os.path.join(folder, "notes.json")) as file:
         assert json.load(file) == {"version": 1}
+
+
+def test_the_oracle_s_labels_are_trained_on_and_counted_in_all_four_cells(tmp_path):
+    """The shipped policy wins some and loses some: whatever the label source, both outcomes show both classes."""
+    out = str(tmp_path / "run")
+    run = start("--games", "generated", "--iterations", "1", "--tasks", "4", "--group-size", "4", "--eval-games", "0", "--workers",
+                "1", "--warmup-updates", "0", "--labels", "oracle", "--credit", "adca", "--out", out)
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    row = metrics(out)[1]
+    assert all(row[f"count_value_{label}_{outcome}"] > 0 for label in ("good", "bad") for outcome in ("won", "lost"))
