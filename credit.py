@@ -19,6 +19,9 @@ population's standard deviation as in grpo.py; it is 0 for who is alone in a poo
 variance. With normalize_std=False only the mean is subtracted. R_i is the reward of episode i, r_t that of
 its step t.
 
+A state is the world's (a digest of it), where the published code of gigpo and graphgpo goes by the text of
+the observation; hgpo goes by the text here too, since its groups are about what the policy has read.
+
 At the end, EPO's entropy smoothing (`epo`): not a rule but a term of the loss.
 
 S steps, E episodes. What the rules read: `Step` and `Episode` in rollout.py.
