@@ -181,6 +181,7 @@ def graphgpo(episodes, normalize_std=True, labels=None, omega=0.1, success=10.0,
 
     d: `distances`. A step of a lost episode that leads towards the success of another one is praised. In a
     group without a success all d are the same, and only the outcome is left (0 where that is the same, too).
+    Eq. 4 of the paper has d + 1 in place of d, its code has d: z sees no difference.
     """
     steps = steps_of(episodes)
     edges = [((e.group, step.state), (e.group, GOAL if e.won and step is e.steps[-1] else step.next_state))
