@@ -13,5 +13,6 @@ checkpoints.py     checkpoints that appear complete or not at all; resuming
 logs.py curves.py  what a run logs; curves.png from it
 demonstrations.py  what experts do as training data, or as a chat dataset
 tags.py            RLVMR's tags for what experts do
+toy_figures.py     the four figures of toy_bandit.py
 bench.py           speeds as ratios: python -m support.bench
 """
