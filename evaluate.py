@@ -215,7 +215,8 @@ def main():
                         "`short` (default: all; `short` where a tiny policy of ours plays)")
     parser.add_argument("--count", type=int, help="so many of the games only, for a quick look")
     parser.add_argument("--max-steps", type=int, help="default 20 on generated games, 50 on official ones, "
-                        "30 in ScienceWorld, 15 on its short tasks")
+                        "in ScienceWorld 30, or what the longest of its tasks takes (all: 321), 15 on the "
+                        "short ones")
     as_trained = "as the checkpoint was trained; else "
     parser.add_argument("--engine", choices=["auto", "torch", "vllm"],
                         help=f"who samples ({as_trained}torch)")

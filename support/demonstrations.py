@@ -5,11 +5,12 @@ import json
 import os
 import random
 import re
+from collections import defaultdict
 
 from tqdm import tqdm
 
 from games.players import COLORS, EGGS, ROOMS, play_expert
-from rollout import Episode, Step
+from rollout import Episode, Step, judge
 from support.tags import tagged, thoughts
 
 
@@ -40,6 +41,7 @@ def said(tag, thought, command):
 def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, seed=0, copies=1):
     """The expert's won episodes as `Episode`s: what the expert said counts as sampled, so losses apply as in RL.
 
+    Their steps are judged as a policy's are: a careless expert's slips (`sloppy`) are flawed steps of won episodes.
     Where `chat` is one with tags, each answer opens with one (support/tags.py).
 
     copies: ScienceWorld has few variations, and a policy learns them by heart; of each episode so many copies are made
@@ -63,14 +65,16 @@ def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, 
         openings = thoughts(game.env, turns) if chat.tags else [(None, "")] * len(turns)
         for copy in range(copies):
             say = rename(rng, animals=game.task_type.startswith("find")) if copy else str
-            episode = Episode(game, len(episodes), won=True, reward=1.0)
-            for i, (observation, command, *_) in enumerate(turns):
+            episode = Episode(game, len(episodes), won=True, reward=1.0, score=turns[-1][3].score)
+            tried, visited = defaultdict(set), {turns[0][2].state}
+            for i, (observation, command, before, after) in enumerate(turns):
                 observation, command = say(observation), say(command)
                 episode.give(chat.first_prompt(observation) if i == 0 else ids(observation, chat.next_prompt))
                 tag, thought = openings[i]
                 start, new = len(episode.tokens), ids(said(tag, say(thought), command), answer)
                 episode.sample(new, [0.0] * len(new))
                 episode.steps.append(Step(start, start + len(new), command, tag=tag))
+                judge(episode.steps[-1], before, after, tried, visited)
             episodes.append(episode)
     return episodes
 

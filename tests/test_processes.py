@@ -73,7 +73,7 @@ def rows_of(out):
         return [json.loads(line) for line in file]
 
 
-@pytest.mark.parametrize("how", [[], ["--shard"]])
+@pytest.mark.parametrize("how", [[], pytest.param(["--shard"], marks=pytest.mark.long)])
 def test_a_run_of_two_processes(how, tokenizer, tmp_path):
     folder, out = str(tmp_path / "policy"), str(tmp_path / "run")
     model = policies.tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=0)

@@ -30,7 +30,9 @@ def small_policy(tokenizer, tmp_path_factory):
 
 def start(*arguments):
     return subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), *arguments], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stderr=subprocess.STDOUT, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            # A shell's background jobs ignore Ctrl-C, and so would what they start.
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def metrics(folder):
@@ -67,7 +69,8 @@ def test_a_killed_run_resumes_to_the_same_numbers(small_policy, tmp_path):
     assert any(not torch.equal(a[name], start_weights[name]) for name in a)  # something was learnt at all
 
 
-def test_runs_killed_at_random_moments_resume_to_the_same_numbers(small_policy, tmp_path, request):
+@pytest.mark.long
+def test_runs_killed_at_random_moments_resume_to_the_same_numbers(small_policy, tmp_path):
     """kill -9 wherever it comes: in start-up, play, an update, a write. A LoRA run, so that its resuming is covered too."""
     options = ["--model", small_policy, *SMALL, "--save-every", "1", "--lora-rank", "2"]
     whole, rng = str(tmp_path / "whole"), random.Random(0)
@@ -75,7 +78,7 @@ def test_runs_killed_at_random_moments_resume_to_the_same_numbers(small_policy, 
     assert start("--out", whole, *options).communicate() and os.path.exists(os.path.join(whole, "checkpoint-000004"))
     seconds = time.time() - begin
     resumed = 0
-    for i in range(10 if request.config.getoption("--all-games") else 2):
+    for i in range(5):
         killed = str(tmp_path / f"killed-{i}")
         run = start("--out", killed, *options)
         time.sleep(rng.uniform(0.3, 1.0) * seconds)
