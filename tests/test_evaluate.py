@@ -85,7 +85,8 @@ def test_the_scale_s_two_ends(env):
     if env == "alfworld":
         games = levels.list_games(env, "valid_unseen", "generated", count=12)
     else:
-        games = levels.level_games(env, "L1", "test", task_types=["short"], count=10)
+        games = levels.level_games(env, "L1", "test", task_types=["short"])
+        games = [games[i * len(games) // 5] for i in range(5)]
     results = []
     for workers in (1, 2):
         with EnvPool(workers) as pool:
