@@ -1,42 +1,68 @@
-"""Why flaws survive GRPO, and what helps: the argument of the paper on problems small enough to compute exactly.
+"""Why flaws survive GRPO, and what helps: the paper's argument on problems small enough to compute exactly.
 
-    python toy_bandit.py                    # four tables, four figures in runs/toy, under a minute on a laptop
+    python toy_bandit.py                  # four tables, four figures in runs/toy, under a minute on a laptop
 
-1. *Negative expected advantage.* An outcome reward already punishes a flawed middle step, in expectation.
-2. *Squeezing.* Pushing an action down moves its mass to the likeliest one; good actions win all the same, in the end.
-3. *Gradient coupling.* Similar prompts share their gradient: an action that is right here is raised where it is wrong.
-4. *The remedy.* Learning to classify actions as good or bad makes the representations differ, and the coupling falls.
+1. *Negative expected advantage.* Inside successful episodes an outcome reward praises a flawed step. In those
+   that the flaw makes fail it punishes it more: the expectation over both is negative.
+2. *Squeezing.* Pushing an action down moves its mass to the likeliest one; good actions win in the end.
+3. *Gradient coupling.* Similar prompts share their gradient: an action right here rises where it is wrong.
+4. *The remedy.* Learning to tell good actions from bad ones makes representations differ; coupling falls. It
+   does not keep the flaw from rising; it makes it go, not in every seed, and less often where labels err.
 
-Parts 1 to 3 are here; the small network of parts 3 and 4, whose coupling is measured, is in toy_network.py.
+Parts 1 to 3 are here; the small network of parts 3 and 4, whose coupling is measured, is in toy_network.py;
+all drawing in support/toy_figures.py. Each claim is computed in closed form or by integrating the exact
+gradient flow (Runge-Kutta, relative error below 1e-6, tested against closed forms), then checked by sampling
+or simulation. Where the paper (arXiv 2509.23870) states a claim without its condition, the figures show where
+it holds and where it does not. Every function can be imported and used without running anything.
 
-Each claim is computed in closed form or by exact gradient flow, then checked by sampling or simulation. Where the
-paper (arXiv 2509.23870) states a claim without its condition, the figure shows where it holds and where it does not.
-Every function can be imported and used without running anything.
+    p              success probability after a good action
+    q, r           part 1: how often the policy takes the flawed action; what it costs, success being p - r
+    V, A           value of the policy in a state; advantage of an action over it, both in success probability
+    G              samples in a group, whose mean replaces V
+    f              part 3: one action, right in some states and flawed in others
+    s:  q_s, r_s   a state where f is right: taken with q_s, worth r_s more than the rest
+    s': q', r'     a state where f is flawed: taken with q', it costs r' (in code q_prime, r_prime)
+    rho            the coupling: cosine between grad log pi(f|s) and grad log pi(f|s')
+    rho*           `danger_edge`: the flaw grows where rho is above it
 """
 
 import argparse
+import math
 import os
 from math import comb
 
 import numpy as np
 import torch
 
-from toy_network import VARIANTS, train_small
+import toy_network
 
-# ===================================================================== 1. the expected advantage of a flawed action
+# =============================================================== 1. the expected advantage of a flawed action
 #
-# One decision: a flawed action is taken with probability q and lowers the success probability from p to p - r.
+# One decision: a flawed action is taken with probability q and lowers the success probability from p to p-r.
 
 
 def expected_advantage(q, r):
     """E[1{flawed} A] with the exact value as baseline: the lemma q r (q - 1) <= 0.
 
-    V = p - q r, so the flawed action's advantage is A = (p - r) - V = -r (1 - q); it is taken with probability q.
+    V = p - q r, so the flawed action has advantage A = (p - r) - V = -r (1 - q), with probability q.
 
     >>> round(expected_advantage(0.5, 0.4), 3)
     -0.1
     """
     return q * r * (q - 1.0)
+
+
+def expected_advantage_by_outcome(q, r, p):
+    """The lemma in two halves, E[1{flawed, success} A] >= 0 and E[1{flawed, failure} A] <= 0.
+
+    A = 1 - V in a success, -V in a failure: inside a successful episode a flawed step *is* praised.
+
+    >>> won, lost = expected_advantage_by_outcome(0.5, 0.4, 0.8)
+    >>> round(won, 3), round(lost, 3), round(won + lost, 3)
+    (0.08, -0.18, -0.1)
+    """
+    value = p - q * r
+    return q * (p - r) * (1 - value), -q * (1 - p + r) * value
 
 
 def expected_advantage_group(q, r, G):
@@ -50,12 +76,18 @@ def expected_advantage_group(q, r, G):
 def expected_advantage_std(q, r, p, G):
     """The same with division by the group's population standard deviation (groups without variance give 0).
 
-    Given m successes in the group, std(m) = sqrt(m/G (1 - m/G)), a success has advantage (1 - m/G)/std(m) and a
-    failure -(m/G)/std(m). Whether a sample is flawed depends on its own outcome alone, so the mean over the group is
+    Given m successes in the group, std(m) = sqrt(m/G (1 - m/G)), a success has advantage (1 - m/G)/std(m) and
+    a failure -(m/G)/std(m). Whether a sample is flawed depends on its own outcome alone: the group's mean is
         (m/G)(1 - m/G)/std(m) * (P(flawed|success) - P(flawed|failure)) = std(m) * (...),
-    and the bracket is <= 0, because a flawed action makes failure likelier.
+    and the bracket is <= 0, because a flawed action makes failure likelier. Where all samples succeed, or
+    none does, no group has variance: 0.
+
+    >>> expected_advantage_std(q=1.0, r=0.3, p=0.3, G=8), expected_advantage_std(q=0.5, r=0.0, p=1.0, G=8)
+    (0.0, 0.0)
     """
     success = p - q * r
+    if not 0.0 < success < 1.0:
+        return 0.0
     bracket = q * (p - r) / success - q * (1 - p + r) / (1 - success)
     m = np.arange(G + 1)
     chance = np.array([comb(G, k) for k in m]) * success**m * (1 - success) ** (G - m)
@@ -63,21 +95,20 @@ def expected_advantage_std(q, r, p, G):
 
 
 def group_outcomes(q, r, p, G):
-    """All that can happen in one group: arrays (flawed samples f, successes among them a, among the rest b, chance)."""
-    def binomial(n, x):
-        k = np.arange(n + 1)
-        return np.array([comb(n, j) for j in k]) * x**k * (1 - x) ** (n - k)
-    rows = []
-    for f, chance in enumerate(binomial(G, q)):
-        joint = chance * np.outer(binomial(f, p - r), binomial(G - f, p))
-        rows += [(f, a, b, joint[a, b]) for a in range(f + 1) for b in range(G - f + 1)]
-    return np.array(rows).T
+    """All that can happen in a group: arrays (flawed samples f, their successes a, the others' b, chance)."""
+    f, a, b = (x.ravel() for x in np.mgrid[:G + 1, :G + 1, :G + 1])
+    possible = (a <= f) & (b <= G - f)
+    f, a, b = f[possible], a[possible], b[possible]
+    choose = np.array([[comb(n, k) for k in range(G + 1)] for n in range(G + 1)], float)
+    def binomial(k, n, x):
+        return choose[n, k] * x**k * (1 - x) ** (n - k)
+    return f, a, b, binomial(f, G, q) * binomial(a, f, p - r) * binomial(b, G - f, p)
 
 
 def group_push(q, r, p, G):
     """What one finite group does to the flaw: (P(summed advantage > 0), P(= 0), mean, standard deviation).
 
-    The summed advantage of the flawed samples is a - f (a + b) / G. Its mean is negative; a single group may differ.
+    The summed advantage of the flawed samples is a - f (a + b) / G. Its mean is negative; a group may differ.
     """
     f, a, b, chance = group_outcomes(q, r, p, G)
     push = a - f * (a + b) / G
@@ -87,9 +118,12 @@ def group_push(q, r, p, G):
 
 
 def groups_needed(q, r, p, G, confidence=1.645):
-    """How many groups until their summed push on the flaw is negative with 95% (normal approximation)."""
-    *_, mean, std = group_push(q, r, p, G)
-    return int(np.ceil((confidence * std / mean) ** 2))
+    """How many groups until their summed push on the flaw is negative with 95% (normal approximation).
+
+    Infinity where there is nothing to punish: q or r is 0, or q is 1.
+    """
+    mean, std = G * expected_advantage_group(q, r, G), group_push(q, r, p, G)[3]
+    return math.ceil((confidence * std / mean) ** 2) if mean < 0 else math.inf
 
 
 def sample_advantages(q, r, p, G, groups, rng):
@@ -102,242 +136,200 @@ def sample_advantages(q, r, p, G, groups, rng):
     return np.stack([(flawed * a).mean(1) for a in (reward - (p - q * r), centered, normalized)])
 
 
-def part_1(rng, plt, out):
-    print("1. Expected advantage of the flawed action, E[1{flawed} A]   (Monte Carlo: 95% interval, 40,000 groups)")
-    print(f"{'q':>5} {'r':>5} {'p':>5} {'G':>3} | {'exact V':>8} {'sampled':>18} | {'group mean':>10} {'sampled':>18} | "
-          f"{'with std':>8} {'sampled':>18} | reinforced  groups")
-    for q, r, p, G in ((0.2, 0.3, 0.8, 4), (0.2, 0.3, 0.8, 8), (0.5, 0.5, 0.9, 8), (0.9, 0.3, 0.6, 8), (0.05, 0.2, 0.5, 16)):
-        exact = (expected_advantage(q, r), expected_advantage_group(q, r, G), expected_advantage_std(q, r, p, G))
+def table_1(rng):
+    print("1. Expected advantage of the flawed action, E[1{flawed} A]  (40,000 groups, 95% interval)")
+    print(f"{'q':>5} {'r':>5} {'p':>5} {'G':>3} | {'in won':>7} {'in lost':>7} | {'exact V':>8} "
+          f"{'sampled':>18} | {'group mean':>8} {'sampled':>16} | {'with std':>8} {'sampled':>18} | "
+          "reinforced groups")
+    for q, r, p, G in ((0.2, 0.3, 0.8, 4), (0.2, 0.3, 0.8, 8), (0.5, 0.5, 0.9, 8), (0.9, 0.3, 0.6, 8),
+                       (0.05, 0.2, 0.5, 16)):
+        won, lost = expected_advantage_by_outcome(q, r, p)
+        exact = (expected_advantage(q, r), expected_advantage_group(q, r, G),
+                 expected_advantage_std(q, r, p, G))
         samples = sample_advantages(q, r, p, G, 40_000, rng)
         mean, half = samples.mean(1), 1.96 * samples.std(1) / samples.shape[1] ** 0.5
         cells = " | ".join(f"{e:>8.4f} {m:>9.4f} ± {h:.4f}" for e, m, h in zip(exact, mean, half))
-        print(f"{q:5.2f} {r:5.2f} {p:5.2f} {G:3d} | {cells} | {100 * group_push(q, r, p, G)[0]:8.1f}%  {groups_needed(q, r, p, G):5d}")
-    print("   'reinforced': the chance that one group raises the flaw; 'groups': so many, and the expectation wins (95%).\n")
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
-    qs = np.linspace(0.01, 0.99, 60)
-    for r, style in ((0.1, ":"), (0.3, "--"), (0.6, "-")):
-        axes[0].plot(qs, expected_advantage(qs, r), "k" + style if style != "-" else "k-", label=f"r = {r}")
-    axes[0].set(title="In expectation\na flaw is always punished", xlabel="q: how often the flaw is taken", ylabel="E[1{flawed} A] = q r (q - 1)")
-    axes[0].axhline(0, color="grey", lw=0.8)
-    axes[0].legend()
-    for G, color, style in ((4, "#0072B2", "-"), (8, "#D55E00", "--"), (16, "#009E73", "-."), (64, "#000000", ":")):
-        axes[1].plot(qs, [group_push(q, 0.2, 0.7, G)[0] for q in qs], color=color, ls=style, label=f"G = {G}")
-    axes[1].axhline(0.5, color="grey", lw=0.8)
-    axes[1].set(title="Yet one group may reinforce it\n(r = 0.2, p = 0.7)", xlabel="q", ylabel="P(summed advantage of the flaw > 0)", ylim=(0, 0.6))
-    axes[1].legend()
-    for r, color, style in ((0.1, "#0072B2", "-"), (0.2, "#D55E00", "--"), (0.4, "#009E73", "-.")):
-        axes[2].semilogy(qs, [groups_needed(q, r, 0.7, 8) for q in qs], color=color, ls=style, label=f"r = {r}")
-    axes[2].set(title="Groups until the expectation wins\n(G = 8, p = 0.7)", xlabel="q", ylabel="groups, for 95%")
-    axes[2].legend()
-    figure.savefig(os.path.join(out, "1_expected_advantage.png"), dpi=110)
+        print(f"{q:5.2f} {r:5.2f} {p:5.2f} {G:3d} | {won:+7.3f} {lost:+7.3f} | {cells} | "
+              f"{100 * group_push(q, r, p, G)[0]:9.1f}% {groups_needed(q, r, p, G):6d}")
+    print("   in won, in lost: the parts of it from successful and from failed episodes. reinforced: the\n"
+          "   chance that one group raises the flaw. groups: so many, and the expectation wins (95%).\n")
 
 
-# ============================================================================================ 2. the squeezing effect
+# ==================================================================================== 2. the squeezing effect
 #
 # Three actions under softmax: good (r = 0), mildly and severely flawed. Does the mass of the good one grow?
 
 
-def flow(policy, r):
-    """d pi / dt under the exact policy gradient, for (..., K) policies and (K,) losses r of success probability.
+def push_on_logits(policy, r):
+    """dz/dt under the exact policy gradient, for (..., K) policies and (K,) losses r of success probability.
 
-    The value is V = p - sum_j pi_j r_j, and action k alone is worth p - r_k, so A_k = (p - r_k) - V = sum_j pi_j r_j - r_k.
-    Logits follow dz_k/dt = pi_k A_k; softmax then gives d pi_k/dt = pi_k (pi_k A_k - sum_j pi_j^2 A_j).
+    The value is V = p - sum_j pi_j r_j, and action k alone is worth p - r_k, so
+        dz_k/dt = dV/dz_k = pi_k A_k,   A_k = (p - r_k) - V = sum_j pi_j r_j - r_k.
+    """
+    policy, r = np.asarray(policy), np.asarray(r)
+    return policy * ((policy * r).sum(-1, keepdims=True) - r)
+
+
+def flow(policy, r):
+    """d pi / dt = pi_k (pi_k A_k - sum_j pi_j^2 A_j): what `push_on_logits` does to the (..., K) policy.
 
     >>> bool(flow([0.01, 0.19, 0.80], [0.0, 1.0, 0.1])[0] < 0)   # the good action shrinks, for a while
     True
     """
-    policy, r = np.asarray(policy), np.asarray(r)
-    advantage = (policy * r).sum(-1, keepdims=True) - r
-    push = policy * advantage
+    push = push_on_logits(policy, r)
     return policy * (push - (policy * push).sum(-1, keepdims=True))
 
 
-def run_flow(start, r, until=0.9, stride=0.01, most=60_000):
-    """Follow the flow by Euler steps on the logits, each as long as moves no logit by more than `stride`.
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
 
-    Returns (times (T,), path (T, K), escape: the time when the good action's probability passes `until`, or None).
+
+def runge_kutta(slope, z, step):
+    """One classical step of dz/dt = slope(z): a path's error falls with the fourth power of `step`."""
+    a = slope(z)
+    b = slope(z + step / 2 * a)
+    c = slope(z + step / 2 * b)
+    d = slope(z + step * c)
+    return z + step / 6 * (a + 2 * b + 2 * c + d)
+
+
+def run_flow(start, r, until=0.9, stride=0.05, most=20_000):
+    """Follow the exact gradient flow, each step as long as moves no logit by more than about `stride`.
+
+    Steps are halved where the good action would pass `until`, so that the path ends there to a relative 1e-9.
+    Returns (times (T,), path (T, K), escape: the time when the good action reaches `until`, or None).
     """
-    logits, r, now, times, path = np.log(np.asarray(start, float)), np.asarray(r), 0.0, [], []
+    def slope(z):
+        push = push_on_logits(softmax(z), r)
+        return push - push.mean()                   # a shift of all logits changes nothing
+    logits, now, longest = np.log(np.asarray(start, float)), 0.0, math.inf
+    times, path = [now], [softmax(logits)]
     for _ in range(most):
-        policy = np.exp(logits - logits.max())
-        policy /= policy.sum()
+        step = min(stride / np.abs(slope(logits)).max(), longest)
+        after = runge_kutta(slope, logits, step)
+        if softmax(after)[0] > until:
+            if step <= 1e-9 * now:
+                return np.array(times), np.array(path), now
+            longest = step / 2
+            continue
+        logits, now = after, now + step
         times.append(now)
-        path.append(policy)
-        if policy[0] > until:
-            return np.array(times), np.array(path), now
-        slope = policy * ((policy * r).sum() - r)
-        step = stride / np.abs(slope - slope.mean()).max()
-        logits, now = logits + step * slope, now + step
+        path.append(softmax(logits))
     return np.array(times), np.array(path), None
 
 
 def negative_step(policy, action, rate):
     """Policy after one gradient step that makes `action` less likely: z -= rate * grad log pi(action).
 
-    The gradient of log pi(a) in the logits is e_a - pi: pushing a down pushes every other logit up *in proportion to
-    its own probability*, so the likeliest action gains most, good or not (Ren & Sutherland 2024).
+    The gradient of log pi(a) in the logits is e_a - pi: pushing a down pushes every other logit up *in
+    proportion to its own probability*: the likeliest action gains most, good or not (Ren & Sutherland 2024).
     """
-    logits = np.log(policy) - rate * (np.eye(len(policy))[action] - policy)
-    policy = np.exp(logits - logits.max())
-    return policy / policy.sum()
+    return softmax(np.log(policy) - rate * (np.eye(len(policy))[action] - policy))
 
 
-def part_2(rng, plt, out):
+def table_2():
     r = np.array([0.0, 1.0, 0.1])  # good, severe, mild
     print("2. Squeezing: good / severe / mild flaw (r = 0, 1, 0.1), exact gradient flow")
-    print(f"{'start (good, severe, mild)':>28} {'d good/dt':>11} {'lowest good':>12} {'escape time':>12}   good after one sampled push-down of the severe flaw")
-    for start in ([0.01, 0.19, 0.80], [0.10, 0.45, 0.45], [0.05, 0.80, 0.15], [0.30, 0.10, 0.60], [0.001, 0.199, 0.80]):
+    print(f"{'start (good, severe, mild)':>28} {'d good/dt':>11} {'lowest good':>12} {'escape time':>12}   "
+          "good after one sampled push-down of the severe flaw")
+    for start in ([0.01, 0.19, 0.80], [0.10, 0.45, 0.45], [0.05, 0.80, 0.15], [0.30, 0.10, 0.60],
+                  [0.001, 0.199, 0.80]):
         _, path, escape = run_flow(start, r)
         squeezed = negative_step(np.array(start), 1, 0.5)
-        print(f"{str(tuple(start)):>28} {flow(start, r)[0]:>+11.5f} {path[:, 0].min():>12.5f} {escape or float('inf'):>12,.0f}   "
+        print(f"{str(tuple(start)):>28} {flow(start, r)[0]:>+11.5f} {path[:, 0].min():>12.1e} "
+              f"{escape or math.inf:>12,.0f}   "
               f"{start[0]:.4f} -> {squeezed[0]:.4f}, mild {start[2]:.2f} -> {squeezed[2]:.4f}")
-    print("   The claim `good grows` holds in the end; where the first column is negative it does not hold at once.\n")
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
-    grid = np.linspace(0.003, 0.994, 140)
-    good, mild = np.meshgrid(grid, grid)
-    severe = 1 - good - mild
-    inside = severe > 0.002
-    policies = np.stack([good, np.where(inside, severe, 0.3), mild], -1)
-    slope = np.where(inside, flow(policies, r)[..., 0], np.nan)
-    axes[0].contourf(good, mild, slope, levels=[-1, 0, 1], colors=["#bbbbbb", "white"])
-    axes[0].contour(good, mild, slope, levels=[0], colors="k", linewidths=1)
-    for start, color in (([0.01, 0.19, 0.80], "#D55E00"), ([0.05, 0.80, 0.15], "#0072B2"), ([0.2, 0.3, 0.5], "#009E73"), ([0.03, 0.37, 0.6], "#CC79A7")):
-        _, path, _ = run_flow(start, r)
-        axes[0].plot(path[:, 0], path[:, 2], color=color)
-        axes[0].plot(*path[0, [0, 2]], "o", color=color)
-    axes[0].plot([0, 1], [1, 0], "k-", lw=0.8)
-    axes[0].set(title="Grey: the good action shrinks at first", xlabel="good", ylabel="mildly flawed", xlim=(0, 1), ylim=(0, 1))
-    for start, style in (([0.01, 0.19, 0.80], "-"), ([0.01, 0.80, 0.19], "--")):
-        times, path, _ = run_flow(start, r)
-        for k, color, name in ((0, "#009E73", "good"), (1, "#D55E00", "severe"), (2, "#0072B2", "mild")):
-            axes[1].plot(times, path[:, k], color=color, ls=style, label=f"{name}, from {start[k]:.2f}")
-    axes[1].set(title="Squeezed towards the mild flaw first, then out", xlabel="time", ylabel="probability", xscale="symlog")
-    axes[1].legend(fontsize=7)
-    starts = np.geomspace(1e-3, 0.3, 12)
-    for mild_r, style in ((0.05, ":"), (0.1, "--"), (0.3, "-")):
-        times = [run_flow([g, (1 - g) * 0.2, (1 - g) * 0.8], [0, 1, mild_r])[2] for g in starts]
-        axes[2].loglog(starts, [t or np.nan for t in times], "k" + style, label=f"mild r = {mild_r}")
-    axes[2].set(title="Escape time: until good > 0.9", xlabel="initial probability of the good action", ylabel="time")
-    axes[2].legend()
-    figure.savefig(os.path.join(out, "2_squeezing.png"), dpi=110)
+    print("   `The good action grows` holds in the end; where d good/dt is negative, not at once.\n")
 
 
-# ============================================================================================= 3. gradient coupling
+# ======================================================================================= 3. gradient coupling
 #
 # Action f is right in state s (taken with probability q_s, worth r_s) and flawed in state s' (q', costs r').
 
 
-def net_push(rho, q_flawed, r_flawed, q_right, r_right):
+def net_push(rho, q_prime, r_prime, q_s, r_s):
     """d z'(f) / dt: its own correction, and what leaks over from the state where f is right.
 
     With log-linear policies and feature similarity rho between (s, f) and (s', f):
         dz'(f) = pi'(f) A'(f) + rho pi(f) A(f) = -r' q' (1 - q') + rho r_s q_s (1 - q_s).
     """
-    return -r_flawed * q_flawed * (1 - q_flawed) + rho * r_right * q_right * (1 - q_right)
+    return -r_prime * q_prime * (1 - q_prime) + rho * r_s * q_s * (1 - q_s)
 
 
-def danger_edge(q_flawed, r_flawed, q_right, r_right):
-    """The similarity above which the flaw grows although its expected advantage is negative: net_push = 0.
+def danger_edge(q_prime, r_prime, q_s, r_s):
+    """rho*, above which the flaw grows although its expected advantage is negative: net_push = 0.
 
-    >>> round(danger_edge(0.1, 0.5, 0.5, 0.5), 2), round(danger_edge(0.5, 0.5, 0.5, 0.5), 2)   # a rare flaw: low edge
-    (0.36, 1.0)
+    >>> [round(danger_edge(q, 0.5, 0.5, 0.5), 2) for q in (0.02, 0.1, 0.5)]      # a rare flaw has a low edge
+    [0.08, 0.36, 1.0]
     """
-    return r_flawed * q_flawed * (1 - q_flawed) / (r_right * q_right * (1 - q_right))
+    return r_prime * q_prime * (1 - q_prime) / (r_s * q_s * (1 - q_s))
 
 
-def simulate_two_states(rho, q_flawed, r_flawed, q_right, r_right, time=60.0, dt=0.02):
-    """Both states under gradient flow with the kernel [[1, rho], [rho, 1]]; paths of (q', q_s), each (T,)."""
-    z = np.log([q_flawed / (1 - q_flawed), q_right / (1 - q_right)])
-    path = []
-    for _ in range(int(time / dt)):
+def simulate_two_states(rho, q_prime, r_prime, q_s, r_s, time=60.0, step=0.1):
+    """Both states under gradient flow with the kernel [[1, rho], [rho, 1]].
+
+    Returns the paths of q' and q_s, (2, time/step + 1).
+    """
+    def slope(z):
         q = 1 / (1 + np.exp(-z))
-        path.append(q)
-        own = np.array([-r_flawed, r_right]) * q * (1 - q)
-        z = z + dt * (own + rho * own[::-1])
-    return np.array(path).T
+        own = np.array([-r_prime, r_s]) * q * (1 - q)
+        return own + rho * own[::-1]
+    z = [np.log([q_prime / (1 - q_prime), q_s / (1 - q_s)])]
+    for _ in range(round(time / step)):
+        z.append(runge_kutta(slope, z[-1], step))
+    return 1 / (1 + np.exp(-np.array(z).T))
 
 
-def part_3(rng, plt, out, seed):
+def table_3(alone):
+    """alone: the small network's paths under the exact policy gradient, from toy_network.train_small."""
     print("3. Coupling: f is right in s (q_s = 0.5, r_s = 0.5) and flawed in s' (r' = 0.5)")
-    print(f"{'q´ at start':>12} {'edge rho*':>10} | flaw at the end of the first time unit: {'rho* - 0.1':>12} {'rho* + 0.1':>12}   highest later, rho* + 0.1")
+    print(f"{'q´ at start':>12} {'edge rho*':>10} | flaw after one unit of time, rho* - 0.1:   rho* + 0.1:   "
+          "highest later, rho* + 0.1:")
     for q in (0.02, 0.05, 0.10, 0.20, 0.80, 0.95):
         edge = danger_edge(q, 0.5, 0.5, 0.5)
         below, above = (simulate_two_states(edge + d, q, 0.5, 0.5, 0.5)[0] for d in (-0.1, 0.1))
-        print(f"{q:12.2f} {edge:10.3f} | {'':39} {below[50]:12.4f} {above[50]:12.4f}   {above.max():.4f}"
+        print(f"{q:12.2f} {edge:10.3f} | {below[10]:40.4f} {above[10]:13.4f} {above.max():17.4f}"
               + ("" if edge - 0.1 >= 0 else "   (rho* - 0.1 is negative: opposed gradients)"))
-    alone = train_small(seed=seed)
-    pushed = 0.5 * 0.1 * 0.9
-    print(f"   A small network on 12 states where f is right and 4 where it is flawed: cosine of policy gradients {alone['rho'][0]:.2f};")
-    print(f"   expected advantage of the flaw {-pushed:.3f} < 0, yet it grows from {alone['flaw'][0]:.2f} to {alone['peak']:.2f}.\n")
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
-    qs, rhos = np.meshgrid(np.linspace(0.005, 0.995, 200), np.linspace(0, 1, 200))
-    push = net_push(rhos, qs, 0.5, 0.5, 0.5)
-    axes[0].contourf(qs, rhos, push, levels=[0, 1], colors=["#bbbbbb"])
-    for r_flawed, style in ((0.5, "-"), (0.25, "--"), (0.1, ":")):
-        axes[0].plot(qs[0], np.minimum(danger_edge(qs[0], r_flawed, 0.5, 0.5), 1.02), "k" + style, label=f"edge, r' = {r_flawed}")
-    axes[0].set(title="Danger zone (grey, r' = 0.5): the flaw grows", xlabel="q': how often the flaw is taken", ylabel="similarity rho", ylim=(0, 1))
-    axes[0].legend(loc="center")
-    for q, color in ((0.05, "#0072B2"), (0.2, "#D55E00")):
-        edge = danger_edge(q, 0.5, 0.5, 0.5)
-        for d, style in ((-0.1, "--"), (0.1, "-")):
-            path = simulate_two_states(edge + d, q, 0.5, 0.5, 0.5, time=40)[0]
-            axes[1].semilogy(np.arange(len(path)) * 0.02, path, color=color, ls=style, label=f"from {q}, rho = {edge + d:.2f}")
-    axes[1].set(title="Both sides of the edge, simulated", xlabel="time", ylabel="probability of the flaw")
-    axes[1].legend(fontsize=8)
-    axes[2].plot(alone["flaw"], color="#D55E00", label="f where it is flawed")
-    axes[2].plot(alone["right"], color="#009E73", ls="--", label="f where it is right")
-    axes[2].plot(alone["at"], alone["rho"], "k:", label="measured rho")
-    axes[2].set(title="A small network, rho measured", xlabel="update", ylabel="probability, cosine", ylim=(0, 1.03), xscale="symlog", xlim=(0, 1000))
-    axes[2].legend(fontsize=8)
-    figure.savefig(os.path.join(out, "3_gradient_coupling.png"), dpi=110)
-
-
-def part_4(rng, plt, out, seed):
-    print("4. The remedy: the same network, 1000 updates   (final: mean over the states)")
-    print(f"{'':36} {'rho start':>9} {'rho end':>8} {'flaw peak':>10} {'flaw end':>9} {'right end':>10}   flaw below 2% after")
-    paths = {}
-    for name, arguments in VARIANTS:
-        paths[name] = path = train_small(seed=seed, **arguments)
-        gone = "never" if path["gone"] is None else f"{path['gone']} updates"
-        print(f"{name:36} {path['rho'][0]:9.2f} {path['rho'][-1]:8.2f} {path['peak']:10.3f} {path['flaw'][-1]:9.3f} {path['right'][-1]:10.3f}   {gone}")
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
-    styles = [("#000000", "-"), ("#0072B2", "--"), ("#D55E00", "-."), ("#009E73", ":"), ("#CC79A7", (0, (5, 1)))]
-    panels = [("The flaw, with and without the classifier", [0, 1, 3, 4, 6], "flaw"),
-              ("The coupling falls most where one classifies", [0, 3, 6, 10, 13], "rho"),
-              ("Noisy labels, and what sceptics ask for", [7, 8, 9, 13, 14], "flaw")]
-    for axis, (title, chosen, key) in zip(axes, panels):
-        for (color, style), i in zip(styles, chosen):
-            path = paths[VARIANTS[i][0]]
-            axis.plot(path["at"] if key == "rho" else range(len(path[key])), path[key], color=color, ls=style, label=VARIANTS[i][0])
-        axis.set(title=title, xlabel="update", ylabel={"flaw": "probability of the flaw", "rho": "measured rho"}[key], ylim=(0, 1.03))
-        axis.legend(fontsize=7)
-        axis.set_xscale("symlog", linthresh=10)
-        axis.set_xlim(0, 1000)
-    figure.savefig(os.path.join(out, "4_remedy.png"), dpi=110)
+    start = {name: alone[name][0].mean() for name in ("rho", "leak", "own")}
+    mean = alone["flaw"].mean(1)
+    ratio = alone["ratio"][0]
+    print(f"   Small network, {toy_network.RIGHT} states s and {toy_network.FLAWED} states s', eight seeds: "
+          f"rho measured {start['rho']:.2f},\n   leak {start['leak']:+.2f} and own correction "
+          f"{start['own']:+.2f} nats per unit step, -leak/own {ratio.min():.1f} to {ratio.max():.1f}: "
+          "the danger zone.\n   The flaw's expected advantage is negative, yet it grows from "
+          f"{mean[0]:.2f} to {mean[-1]:.2f}.\n")
 
 
 def main():
     parser = argparse.ArgumentParser(description="The theory of GCD in four tables and four figures.")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling, of the states and of the small network")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling; the network's first of eight")
     parser.add_argument("--out", default="runs/toy", help="folder for the figures")
     args = parser.parse_args()
-    import matplotlib
-    matplotlib.use("Agg")  # no display needed
-    import matplotlib.pyplot as plt
+    if args.seed < 0:
+        parser.error("--seed: a number from 0")
     torch.set_num_threads(1)  # the matrices are tiny: more threads only wait for each other
     try:
         os.makedirs(args.out, exist_ok=True)
+        if not os.access(args.out, os.W_OK):
+            raise PermissionError(13, "no right to write there")
     except OSError as error:
         raise SystemExit(f"toy_bandit.py: cannot write to --out {args.out}: {error.strerror}")
-    rng = np.random.default_rng(args.seed)
-    part_1(rng, plt, args.out)
-    part_2(rng, plt, args.out)
-    part_3(rng, plt, args.out, args.seed)
-    part_4(rng, plt, args.out, args.seed)
-    print(f"\nfigures in {args.out}: " + ", ".join(sorted(n for n in os.listdir(args.out) if n.endswith(".png"))))
+    from support import toy_figures  # here, so that importing this file needs no matplotlib
+
+    table_1(np.random.default_rng(args.seed))
+    table_2()
+    seeds = range(args.seed, args.seed + 8)
+    paths = {setting: {name: toy_network.train_small(seeds=seeds, **arm) for name, arm in arms.items()}
+             for setting, arms in toy_network.ARMS.items()}
+    alone = paths["theory"]["policy gradient alone"]
+    table_3(alone)
+    toy_network.table_4(paths)
+    toy_figures.expected_advantage(args.out, expected_advantage, group_push, groups_needed)
+    toy_figures.squeezing(args.out, flow, run_flow)
+    toy_figures.gradient_coupling(args.out, net_push, danger_edge, simulate_two_states, alone)
+    toy_figures.remedy(args.out, paths)
+    print(f"four figures in {args.out}")
 
 
 if __name__ == "__main__":

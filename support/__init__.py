@@ -7,5 +7,6 @@ processes.py       several processes: shares of the work, sums over them, weight
 checkpoints.py     checkpoints that appear complete or not at all; resuming
 logs.py curves.py  what a run logs; curves.png from it
 demonstrations.py  what experts do as training data, or as a chat dataset
+toy_figures.py     the four figures of toy_bandit.py
 bench.py           speeds as ratios: python -m support.bench
 """
