@@ -265,9 +265,9 @@ def train_small(form=None, coef=1.0, G=0, control=None, flip=0.0, rate=0.3, entr
 
 
 # What came out, seeds 0 to 15 (default and `--seed 8`). By training's labels and lambda 1 the flaw goes in 15
-# of 16 seeds, in either form; at lambda 0.3 in 11 (value head) and 4 (generative). It dominates first, always.
+# of 16 seeds, either form; at lambda 0.3 in 11 (value head) and 4 (generative). It dominates first, always.
 # One label in ten wrong: 8; three in ten: 3, though rho falls as far. Stop-gradient, shuffled, random labels:
-# 0; what the labels say is what helps. Nor do rho or -leak/own at the start foretell it: the classifier alone,
+# 0; what labels say is what helps. Nor do rho or -leak/own at the start foretell it: the classifier alone,
 # before GRPO, hardly lowers the one and raises the other (3.2 to 3.7), and yet 15 of 16 flaws go.
 ARMS = {  # setting: {name: arguments of train_small}
     "theory": {
