@@ -7,7 +7,7 @@
 2. *Squeezing.* Pushing an action down moves its mass to the likeliest one; good actions win in the end.
 3. *Gradient coupling.* Similar prompts share their gradient: an action right here rises where it is wrong.
 4. *The remedy.* Learning to tell good actions from bad ones makes representations differ; coupling falls. It
-   does not keep the flaw from rising: it makes it go, not in every seed, and only with labels that are right.
+   does not keep the flaw from rising; it makes it go, not in every seed, and less often where labels err.
 
 Parts 1 to 3 are here; the small network of parts 3 and 4, whose coupling is measured, is in toy_network.py;
 all drawing in support/toy_figures.py. Each claim is computed in closed form or by integrating the exact

@@ -10,8 +10,8 @@ of f in s and in s'. Two settings:
                as flawed (`--labels flaws`: other useless actions pass as good)
 
 Both use the losses of classifier_loss.py, weighted so that each class counts half. Every quantity has a
-leading axis of N seeds, trained side by side, each with its own states, weights and samples. Symbols
-stand in toy_bandit.py.
+leading axis of N seeds, trained side by side, each with its own states, weights and samples.
+toy_bandit.py lists the symbols.
 
 >>> alone, helped = (train_small(form, steps=400, seeds=range(2)) for form in (None, "value"))
 >>> bool((alone["flaw"][-1] > 0.9).all()), bool((helped["rho"][-1] < alone["rho"][-1] - 0.1).all())
@@ -218,7 +218,7 @@ def train_small(form=None, coef=1.0, G=0, control=None, flip=0.0, rate=0.3, entr
     def actions_to_learn_from(pi):
         if not G:
             return torch.arange(K).expand(len(pi), S, K)
-        return (uniform(S, G, 1) > pi.cumsum(-1)[:, :, None, :-1]).sum(-1)                # (N, S, G), from pi
+        return (uniform(S, G, 1) > pi.cumsum(-1)[:, :, None, :-1]).sum(-1)             # (N, S, G), from pi
 
     def classification(actions):
         labels = told.gather(2, actions).long()                                               # 1 GOOD, 0 BAD
@@ -264,6 +264,11 @@ def train_small(form=None, coef=1.0, G=0, control=None, flip=0.0, rate=0.3, entr
     return path
 
 
+# What came out, seeds 0 to 15 (default and `--seed 8`). By training's labels and lambda 1 the flaw goes in 15
+# of 16 seeds, either form; at lambda 0.3 in 11 (value head) and 4 (generative). It dominates first, always.
+# One label in ten wrong: 8; three in ten: 3, though rho falls as far. Stop-gradient, shuffled, random labels:
+# 0; what labels say is what helps. Nor do rho or -leak/own at the start foretell it: the classifier alone,
+# before GRPO, hardly lowers the one and raises the other (3.2 to 3.7), and yet 15 of 16 flaws go.
 ARMS = {  # setting: {name: arguments of train_small}
     "theory": {
         "policy gradient alone": dict(),

@@ -43,8 +43,9 @@ def expected_advantage(out, advantage, group_push, groups_needed):
         axes[2].semilogy(qs, needed, color=color, ls=style, label=f"r = {r}")
     axes[2].set(title="Groups until the expectation wins\n(G = 8, p = 0.7)", xlabel="q",
                 ylabel="groups, for 95%")
-    for axis, place in zip(axes, ("lower left", "upper right", "upper center")):
-        axis.legend(loc=place)
+    axes[0].legend(loc="center", bbox_to_anchor=(0.5, 0.31))
+    axes[1].legend(loc="center", bbox_to_anchor=(0.5, 0.68), ncols=2)
+    axes[2].legend(loc="upper center")
     save(figure, out, "1_expected_advantage.png")
 
 
@@ -158,5 +159,5 @@ def remedy(out, paths):
         axis.set(title=title, xlabel="update", ylim=(0, 1.03), xlim=(0, 1000),
                  ylabel={"flaw": "probability of the flaw", "rho": "rho, measured"}[key])
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    axes[2].text(500, 0.3, "lines: means of eight seeds\nbands: their 95% t intervals", ha="center", fontsize=9)
+    axes[2].text(500, 0.3, "lines: means of eight seeds\nbands: 95% t intervals", ha="center", fontsize=9)
     save(figure, out, "4_remedy.png")
