@@ -201,8 +201,8 @@ def main():
     parser.add_argument("--task-types", nargs="+", help="these only: ALFWorld 1-6, ScienceWorld's names or `short` (default: "
                         "all; `short` where a tiny policy of ours plays)")
     parser.add_argument("--count", type=int, help="so many of the games only, for a quick look")
-    parser.add_argument("--max-steps", type=int, help="default 20 on generated games, 50 on official ones, 30 in "
-                        "ScienceWorld, 15 on its short tasks")
+    parser.add_argument("--max-steps", type=int, help="default 20 on generated games, 50 on official ones; "
+                        "ScienceWorld: 30, or what the longest of the tasks takes (all: 321); short: 15")
     parser.add_argument("--max-new-tokens", type=int, help="per answer (default 24 for our tiny policies, 512 for others)")
     parser.add_argument("--max-context", type=int, help="tokens (default 2048 for our tiny policies, 8192 for others)")
     parser.add_argument("--show-actions", action="store_true", help="name the admissible commands in every observation")
@@ -253,7 +253,8 @@ def run(args, folder):
             device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
             model, tokenizer = load_policy(folder, device)
             chat, _ = make_chat(tokenizer, args.env, folder)
-            engine = TorchEngine(model, chat.eos, args.temperature, args.max_new_tokens or (24 if ours else 512))
+            engine = TorchEngine(model, chat.eos, args.temperature,
+                                 args.max_new_tokens or (24 if ours else 512))
             result, _ = evaluate(engine, pool, chat, games, steps, args.seed, args.batch,
                                  args.max_context or (2048 if ours else 8192), args.show_actions)
     if not result["games"]:
