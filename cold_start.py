@@ -18,6 +18,7 @@ choosing an action needs (`--lm-coef 0` gives plain supervised fine-tuning, as i
 import argparse
 import math
 import os
+import sys
 import time
 
 import torch
@@ -45,7 +46,8 @@ def tokenizer_texts(games, pool):
     else:
         texts += ["No known action matches that input. Ambiguous request: Please enter the number for the action you "
                   "intended (or blank to cancel): The door is already open. You decide to wait for 10 iterations."] * 20
-    for _, turns, _ in play_expert(games, pool):
+    silent = lambda line: None  # what cannot be played is named when it is to be learnt from
+    for _, turns, _ in play_expert(games, pool, warn=silent):
         for observation, command, *_ in turns:
             texts += [observation, command]
     return texts
@@ -57,10 +59,15 @@ def cold_start(model, episodes, epochs=1, batch=64, lr=2e-3, lm_coef=0.1, seed=0
     """Supervised training in place: cross-entropy on the expert's tokens + lm_coef * cross-entropy on the others.
 
     Both are means over their own tokens of a batch. Learning rate: linear warm-up, then cosine to a tenth.
+    Fewer episodes than `batch` are one batch; none raise ValueError.
     """
+    if not episodes:
+        raise ValueError("no episodes to learn from: the expert won none of the games within --max-steps")
+    batch = min(batch, len(episodes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     shuffle = torch.Generator().manual_seed(seed)
-    total, warmup, done = epochs * (len(episodes) // batch), 100, 0
+    total, done = epochs * (len(episodes) // batch), 0
+    warmup = min(100, max(1, total // 2))
     bar = tqdm(total=total, desc="cold start", disable=not progress)
     for _ in range(epochs):
         # Shuffle, then sort by length inside pools of 16 batches: little padding, and still random batches.
@@ -181,7 +188,11 @@ def main():
     model = model or tiny_model(tokenizer, seed=args.seed).to(args.device)
     print(f"{len(episodes)} episodes won by the expert in {len(games)} games and {time.time() - begin:.0f} s; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
-    cold_start(model, episodes, args.epochs, args.batch, args.lr, args.lm_coef, args.seed, stop=args.stop_step)
+    try:
+        cold_start(model, episodes, args.epochs, args.batch, args.lr, args.lm_coef, args.seed,
+                   stop=args.stop_step)
+    except ValueError as error:
+        sys.exit(f"cold_start.py: {error}")
     # float16 halves the file; the policy is loaded in float32 and its weights are exact in both.
     save_policy(args.out, model, tokenizer, torch.float16 if ours else None, prompt="short" if ours else "instructions",
                 cold_start=vars(args),

@@ -5,11 +5,12 @@ import json
 import os
 import random
 import re
+from collections import defaultdict
 
 from tqdm import tqdm
 
 from games.players import COLORS, EGGS, ROOMS, play_expert
-from rollout import Episode, Step
+from rollout import Episode, Step, judge
 
 
 def rename(rng, animals=True):
@@ -29,6 +30,8 @@ def rename(rng, animals=True):
 
 def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, seed=0, copies=1):
     """The expert's won episodes as `Episode`s: what the expert said counts as sampled, so losses apply as in RL.
+
+    Their steps are judged as a policy's are: a careless expert's slips are flawed steps of won episodes.
 
     copies: ScienceWorld has few variations, and a policy learns them by heart; of each episode so many copies are made
     in which boxes, rooms and animals have other names. Then it must read what is meant.
@@ -50,13 +53,15 @@ def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, 
             continue
         for copy in range(copies):
             say = rename(rng, animals=game.task_type.startswith("find")) if copy else str
-            episode = Episode(game, len(episodes), won=True, reward=1.0)
-            for i, (observation, command, *_) in enumerate(turns):
+            episode = Episode(game, len(episodes), won=True, reward=1.0, score=turns[-1][3].score)
+            tried, visited = defaultdict(set), {turns[0][2].state}
+            for i, (observation, command, before, after) in enumerate(turns):
                 observation, command = say(observation), say(command)
                 episode.give(chat.first_prompt(observation) if i == 0 else ids(observation, chat.next_prompt))
                 start, new = len(episode.tokens), ids(command, answer)
                 episode.sample(new, [0.0] * len(new))
                 episode.steps.append(Step(start, start + len(new), command))
+                judge(episode.steps[-1], before, after, tried, visited)
             episodes.append(episode)
     return episodes
 
