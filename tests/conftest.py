@@ -17,7 +17,19 @@ from engines import torch_engine  # noqa: E402
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all-games", action="store_true", help="replay all official validation games (some 5 minutes more)")
+    parser.addoption("--long", "--all-games", action="store_true",
+                     help="also what takes minutes: every task and every official validation game beside the "
+                     "stock packages, each way in which a process may die")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: only with --long; a shorter test of the same thing runs always")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("long") and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="takes long: --long runs it"))
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,10 @@ from rollout import Step, judge
 OFFICIAL = levels.official_folder()
 
 
-def test_every_generated_game_is_won_by_the_expert(pool):
-    """Hundreds of seeds per split; all six task types occur; the expert needs fewer than 20 steps mostly."""
-    for split, count in (("train", 150), ("valid_seen", 100), ("valid_unseen", 150)):
+def test_every_generated_game_is_won_by_the_expert(pool, request):
+    """Hundreds of seeds with --long, dozens otherwise; all six task types; mostly in 20 steps or fewer."""
+    counts = (150, 100, 150) if request.config.getoption("--long") else (40, 30, 40)
+    for split, count in zip(("train", "valid_seen", "valid_unseen"), counts):
         games = levels.list_games("alfworld", split, "generated", count=count)
         results = list(play_expert(games, pool))
         assert len(results) == count and all(won for *_, won in results)
@@ -72,17 +73,18 @@ def replay(games, processes=2):
             assert list(a) == b, game.name
 
 
-def test_generated_games_play_as_in_stock_alfworld():
+def test_generated_games_play_as_in_stock_alfworld(request):
     """Raw observation, admissible commands and success, byte for byte, expert play and random play."""
-    replay([levels.generated_game("valid_unseen", seed) for seed in range(12)])
+    count = 12 if request.config.getoption("--long") else 4
+    replay([levels.generated_game("valid_unseen", seed) for seed in range(count)])
 
 
 @pytest.mark.skipif(not OFFICIAL, reason="needs the official ALFWorld games (set ALFWORLD_DATA)")
 def test_official_games_play_as_in_stock_alfworld(request):
-    """All 274 validation games with --all-games, every 25th otherwise (stock ALFWorld takes seconds for each)."""
+    """All 274 validation games with --long, every 40th otherwise (stock ALFWorld takes seconds for each)."""
     games = levels.list_games("alfworld", "valid_seen", "official") + levels.list_games("alfworld", "valid_unseen", "official")
     assert len(games) == 274 and games == sorted(games[:140]) + sorted(games[140:])
-    replay(games if request.config.getoption("--all-games") else games[::25])
+    replay(games if request.config.getoption("--long") else games[::40])
 
 
 @pytest.mark.skipif(not OFFICIAL, reason="needs the official ALFWorld games (set ALFWORLD_DATA)")
