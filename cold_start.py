@@ -51,7 +51,8 @@ def tokenizer_texts(games, pool, tags=False):
     else:
         texts += ["No known action matches that input. Ambiguous request: Please enter the number for the action you "
                   "intended (or blank to cancel): The door is already open. You decide to wait for 10 iterations."] * 20
-    for _, turns, _ in play_expert(games, pool, warn=lambda line: None):  # what cannot be played is named when it is learnt
+    silent = lambda line: None  # what cannot be played is named when it is to be learnt from
+    for _, turns, _ in play_expert(games, pool, warn=silent):
         for observation, command, *_ in turns:
             texts += [observation, command]
         texts += [text for _, text in thoughts(env, turns)] if tags else []
@@ -63,8 +64,8 @@ def tokenizer_texts(games, pool, tags=False):
 def cold_start(model, episodes, epochs=1, batch=64, lr=2e-3, lm_coef=0.1, seed=0, progress=True, stop=None):
     """Supervised training in place: cross-entropy on the expert's tokens + lm_coef * cross-entropy on the others.
 
-    Both are means over their own tokens of a batch. Learning rate: linear warm-up, then cosine to a tenth. Fewer
-    episodes than `batch` are one batch; none raise ValueError.
+    Both are means over their own tokens of a batch. Learning rate: linear warm-up, then cosine to a tenth.
+    Fewer episodes than `batch` are one batch; none raise ValueError.
     """
     if not episodes:
         raise ValueError("no episodes to learn from: the expert won none of the games within --max-steps")
@@ -202,7 +203,8 @@ def main():
     print(f"{len(episodes)} episodes won by the expert in {len(games)} games and {time.time() - begin:.0f} s; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     try:
-        cold_start(model, episodes, args.epochs, args.batch, args.lr, args.lm_coef, args.seed, stop=args.stop_step)
+        cold_start(model, episodes, args.epochs, args.batch, args.lr, args.lm_coef, args.seed,
+                   stop=args.stop_step)
     except ValueError as error:
         sys.exit(f"cold_start.py: {error}")
     # float16 halves the file; the policy is loaded in float32 and its weights are exact in both.

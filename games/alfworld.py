@@ -127,9 +127,10 @@ def _stripped(path):
 def undeclared(domain, problem):
     """Predicates that a PDDL problem's facts and goal use and its domain does not declare, sorted.
 
-    The engine ignores such a fact, and plays another game than was written; such a goal makes its library exit.
+    The engine ignores such a fact and plays another game than was written; given such a goal, it exits.
 
-    >>> undeclared("(define (domain d) (:predicates (clear ?x)) (:action a))", "(:init (clear a)) (:goal (not (claer b)))")
+    >>> domain = "(define (domain d) (:predicates (clear ?x)) (:action a))"
+    >>> undeclared(domain, "(:init (clear a)) (:goal (not (claer b)))")
     ['claer']
     """
     words = lambda text: set(re.findall(r"\(\s*([a-z][\w-]*)", text.lower()))
@@ -139,7 +140,7 @@ def undeclared(domain, problem):
 
 
 def one_line(error):
-    """An exception's kind and the first line of what it says: parsers list all that they would have liked better.
+    """An exception's kind and its first line: parsers go on to list all that they would have liked better.
 
     >>> one_line(ValueError("(1:5) Expected one of\\nNAME\\nNUMBER"))
     'ValueError: (1:5) Expected one of'
@@ -178,12 +179,12 @@ class ALFWorld:
             raise BadGame(f"{game.name}: the engine cannot load it ({one_line(error)})") from error
 
     def step(self, command):
-        """The observation after a command. Raises BadGame where the game breaks: a grammar without the answer to it."""
+        """The observation after a command. Raises BadGame where the game breaks: no answer in its grammar."""
         try:
             state, _, _ = self._env.step(command)
             return self._observe(state, command)
         except Exception as error:
-            raise BadGame(f"{self._name}: the engine cannot play {command!r} in it ({one_line(error)})") from error
+            raise BadGame(f"{self._name}: the engine cannot play {command!r} ({one_line(error)})") from error
 
     def admissible(self):
         return self._last.admissible

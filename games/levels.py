@@ -27,12 +27,13 @@ ENVS = ("alfworld", "scienceworld")
 LEVELS = ("L0", "L1", "L2")
 SPLITS = {"alfworld": houses.SPLITS, "scienceworld": ("train", "dev", "test")}
 MAX_STEPS = {"generated": 20, "official": 50, "simulator": 30, "short": 15}
-# ScienceWorld's tasks that take more than 30 steps: how many the simulator's own solution needs, before anything is left
-# out of it, to score 100 in nine of ten training variations (4 to 31 of each measured; the tail is long: one of
-# inclined-plane-friction-named-surfaces took 743).
+# ScienceWorld's tasks that take more than 30 steps: how many the simulator's own solution needs, nothing left
+# out, to score 100 in nine of ten training variations (4 to 31 of each task were measured; the tail is long:
+# one of inclined-plane-friction-named-surfaces took 743).
 SOLUTION_STEPS = {
-    "boil": 40, "change-the-state-of-matter-of": 35, "chemistry-mix": 55, "chemistry-mix-paint-tertiary-color": 36,
-    "freeze": 62, "grow-fruit": 96, "grow-plant": 43, "identify-life-stages-1": 39, "inclined-plane-determine-angle": 161,
+    "boil": 40, "change-the-state-of-matter-of": 35, "chemistry-mix": 55,
+    "chemistry-mix-paint-tertiary-color": 36, "freeze": 62, "grow-fruit": 96, "grow-plant": 43,
+    "identify-life-stages-1": 39, "inclined-plane-determine-angle": 161,
     "inclined-plane-friction-named-surfaces": 321, "inclined-plane-friction-unnamed-surfaces": 177,
     "measure-melting-point-known-substance": 71, "measure-melting-point-unknown-substance": 93, "melt": 43,
     "mendelian-genetics-known-plant": 131, "mendelian-genetics-unknown-plant": 132, "test-conductivity": 44}
@@ -100,7 +101,8 @@ def _official_game(split, path, root):
         raise BadGame(f"{name}: " + ("marked unsolvable" if "solvable" in data else "not marked solvable"))
     if "move {o} to {r}" not in data["grammar"]:
         old = "put {o} in/on {r}" in data["grammar"]
-        raise BadGame(f"{name}: " + ("another ALFWorld version (`put` instead of `move`)" if old else "a cut grammar"))
+        why = "another ALFWorld version (`put` instead of `move`)" if old else "a cut grammar"
+        raise BadGame(f"{name}: {why}")
     return Game("alfworld", split, name, os.path.basename(os.path.dirname(os.path.dirname(path))).split("-")[0], path)
 
 
@@ -144,7 +146,8 @@ def list_games(env="alfworld", split="train", games="auto", task_types=None, cou
         if count and len(playable) == count:
             break
     if skipped:
-        warn(f"skipped {len(skipped)} of {len(paths)} games: " + "; ".join(skipped[:20]) + (" ..." if skipped[20:] else ""))
+        named = "; ".join(skipped[:20]) + (" ..." if skipped[20:] else "")
+        warn(f"skipped {len(skipped)} of {len(paths)} games: {named}")
     if not playable:
         raise FileNotFoundError(f"no playable games of {split} in {root}")
     return playable
@@ -223,17 +226,20 @@ def level_task_types(env, level, part, task_types=None):
 def max_steps(games, task_types=None):
     """Steps per episode unless told otherwise: by the kind of games ("generated", "official", "simulator").
 
-    ScienceWorld: 30, or as many as the longest of the tasks that are played takes (SOLUTION_STEPS). One number for all
-    episodes of a run. Published figures are mostly of 30 steps for every task, fewer than that solution has in 17.
+    ScienceWorld: 30, or as many as the longest of the chosen tasks takes (SOLUTION_STEPS); one number for all
+    episodes of a run. Published figures are mostly of 30 steps in all tasks, too few for that solution in 17.
 
-    >>> max_steps("simulator", ["boil", "find-plant"]), max_steps("simulator", ["find-plant"]), max_steps("simulator")
-    (40, 30, 321)
+    >>> max_steps("simulator", ["boil", "find-plant"]), max_steps("simulator", ["find-plant"])
+    (40, 30)
+    >>> max_steps("simulator"), max_steps("simulator", ["short"])
+    (321, 15)
     """
     if list(task_types or []) == ["short"]:
         return MAX_STEPS["short"]
     if games != "simulator":
         return MAX_STEPS[games]
-    return max(SOLUTION_STEPS.get(task, MAX_STEPS[games]) for task in named_task_types("scienceworld", task_types))
+    chosen = named_task_types("scienceworld", task_types)
+    return max(SOLUTION_STEPS.get(task, MAX_STEPS[games]) for task in chosen)
 
 
 def level_games(env, level, part, games="auto", task_types=None, count=None, warn=print):

@@ -47,7 +47,7 @@ def science_slip(rng, last, here):
 
 
 def playable(answers, warn):
-    """{slot: answer} of (slot, answer) pairs, without BadGames: `warn` is called with one line for each of those.
+    """{slot: answer} of (slot, answer) pairs, without BadGames: `warn` is called with the line of each.
 
     >>> playable([(0, "an observation"), (1, BadGame("trial_7: unreadable"))], warn=print)
     trial_7: unreadable
@@ -71,12 +71,14 @@ def solutions(games, pool):
     gold = pool.gold_paths(games)
     short = [path if isinstance(path, BadGame) else list(gold_expert(path)) for path in gold]
     silent = lambda line: None  # whoever plays the solutions will meet it again
-    now = playable(((slot, o) for slot, o in enumerate(pool.reset(games)) if not isinstance(gold[slot], BadGame)), silent)
+    first = playable(enumerate(pool.reset(games)), silent)
+    now = {slot: o for slot, o in first.items() if not isinstance(gold[slot], BadGame)}
     left = {slot: list(short[slot]) for slot in now}
     while left:
         asked = [(slot, commands.pop(0)) for slot, commands in left.items() if commands]
         answers = playable(zip((slot for slot, _ in asked), pool.step(asked)), silent)
-        left, now = {slot: left[slot] for slot, o in answers.items() if left[slot] and not o.done}, now | answers
+        now |= answers
+        left = {slot: left[slot] for slot, o in answers.items() if left[slot] and not o.done}
     return [short[slot] if slot in now and now[slot].won else path for slot, path in enumerate(gold)]
 
 
@@ -89,7 +91,7 @@ def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0, warn=pr
     rng = random.Random(seed)
     for begin in range(0, len(games), batch):
         chunk = [games[i] for i in range(begin, min(begin + batch, len(games)))]
-        gold = solutions(chunk, pool) if chunk[0].env == "scienceworld" else None  # before reset: it ends all episodes
+        gold = solutions(chunk, pool) if chunk[0].env == "scienceworld" else None
         first = pool.reset(chunk)
         now = playable(enumerate(first), warn)
         if gold:

@@ -40,8 +40,8 @@ def game_of(what):
 def worker():
     """Serve pickled batches of requests on standard input until it closes. Started by EnvPool.
 
-    A request is (slot, what): a Game (reset to it), a string (a command), ("make", env), or (method, argument, ...) of
-    the slot's world.
+    A request is (slot, what): a Game (reset to it), a string (a command), ("make", env) to make its world, or
+    (method, argument, ...) of that world.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which finishes its write and closes us
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -83,8 +83,8 @@ class EnvPool:
 
     A worker that dies or hangs is replaced, and its episodes are played again up to where they were, by repeating
     their commands: the games are deterministic, and the last observation is compared. `restarts` counts them.
-    A broken game may kill its worker (ALFWorld's planner is a native library, and exits). So a batch that a worker died
-    on is asked again one request at a time; what then kills two more workers is answered by BadGame, from then on too.
+    A broken game may kill its worker (ALFWorld's planner is a native library, and exits). So a batch that a
+    worker died on is asked again one request at a time; what kills two more by itself is a BadGame, for good.
     """
 
     def __init__(self, workers=2, timeout=120.0):
@@ -110,7 +110,7 @@ class EnvPool:
         return self._ask(list(enumerate(games)))
 
     def step(self, commands):
-        """`commands`: list of (slot, command). Returns the Observations in the same order; BadGame where a game broke."""
+        """`commands`: list of (slot, command). Returns an Observation each; BadGame where a game broke."""
         return self._ask(list(commands))
 
     def admissible(self, slots):
@@ -138,10 +138,11 @@ class EnvPool:
         self.history = {slot: [] for slot in range(count)}
 
     def _ask(self, requests):
-        answers = {slot: self.deadly[game_of(what)] for slot, what in requests if game_of(what) in self.deadly}
-        by_worker = {}
+        answers, by_worker = {}, {}
         for slot, what in requests:
-            if slot not in answers:
+            if game_of(what) in self.deadly:
+                answers[slot] = self.deadly[game_of(what)]
+            else:
                 by_worker.setdefault(self.owner[slot], []).append((slot, what))
         sent = {w: self._send(w, batch) for w, batch in by_worker.items()}  # all workers at once ...
         for w, batch in by_worker.items():                                 # ... then wait for each
@@ -151,12 +152,14 @@ class EnvPool:
             for i, (slot, what) in enumerate(batch):
                 answers[slot] = reply[i] if reply is not None else self._alone(w, slot, what)
                 if isinstance(what, (Game, str)):  # what a broken game was asked is never asked again
-                    self.history[slot] = [] if isinstance(answers[slot], BadGame) else self.history[slot] + [what]
                     self.last[slot] = answers[slot]
+                    self.history[slot].append(what)
+                    if isinstance(answers[slot], BadGame):
+                        self.history[slot] = []
         return [answers[slot] for slot, _ in requests]
 
     def _alone(self, w, slot, what):
-        """The answer to one request out of a batch that killed its worker; BadGame where it kills two more by itself."""
+        """The answer to one request of a batch that a worker died on; BadGame where it kills two more."""
         game = game_of(what) or self.history[slot][0]
         for _ in range(2):
             if game in self.deadly:  # as another episode of its group has shown
@@ -166,9 +169,9 @@ class EnvPool:
                 return reply[0]
             self._revive(w)
         if self._exchange(w, [(slot, ("make", game.env))]) is None:
-            raise RuntimeError(f"environment workers die before they play anything ({game.env}): see their output above")
+            raise RuntimeError(f"workers of {game.env} die before they play anything: see their output above")
         at = f" at {what!r}" if isinstance(what, str) else ""
-        self.deadly[game] = BadGame(f"{game.name}: kills or hangs the process that plays it{at} (three in a row)")
+        self.deadly[game] = BadGame(f"{game.name}: kills or hangs the process that plays it{at}")
         return self.deadly[game]
 
     def _exchange(self, w, batch):
@@ -201,7 +204,7 @@ class EnvPool:
             self.processes[w] = self._start()
             if all(self._replay(w, slot) for slot in self.history if self.owner[slot] == w):
                 return
-        raise RuntimeError("an environment worker died three times while it played its episodes again: see its output above")
+        raise RuntimeError("a worker died three times, playing its episodes again: see its output above")
 
     def _replay(self, w, slot):
         """Bring a slot of a new worker to where it was. False if the worker died again."""
@@ -210,7 +213,7 @@ class EnvPool:
             return True
         reply = self._exchange(w, [(slot, what) for what in past])
         if reply is not None and reply[-1] != self.last[slot]:
-            raise RuntimeError(f"{past[0].name} did not replay to the same observation after a worker's death")
+            raise RuntimeError(f"{past[0].name} did not replay to the same observation in a new worker")
         return reply is not None
 
     @staticmethod

@@ -18,8 +18,8 @@ from engines import torch_engine  # noqa: E402
 
 def pytest_addoption(parser):
     parser.addoption("--long", "--all-games", action="store_true",
-                     help="also what takes minutes: every task and every official validation game beside the stock packages, "
-                     "each way in which a process may die")
+                     help="also what takes minutes: every task and every official validation game beside the "
+                     "stock packages, each way in which a process may die")
 
 
 def pytest_configure(config):

@@ -18,13 +18,18 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HOUSE = houses.generate("train", 3)  # cool some plate and put it in sinkbasin
 GOOD = {key: HOUSE[key] for key in ("pddl_domain", "grammar", "pddl_problem")} | {"solvable": True}
 DOMAIN, GRAMMAR, PROBLEM = GOOD["pddl_domain"], GOOD["grammar"], GOOD["pddl_problem"]
-START = PROBLEM.index("(:goal")
+HOME = "json_2.1.1/valid_seen/pick_cool_then_place_in_recep-Plate-None-SinkBasin-1"
 BLOCKS = ("(define (domain blocks) (:predicates (on ?x ?y) (clear ?x)) (:action move :parameters (?x ?y) "
           ":precondition (clear ?y) :effect (and (on ?x ?y) (not (clear ?y)))))")
 
 
 def but(**changes):
     return json.dumps(GOOD | changes)
+
+
+def typo(right, wrong):
+    assert right in PROBLEM
+    return but(pddl_problem=PROBLEM.replace(right, wrong))
 
 
 def without(key):
@@ -40,7 +45,7 @@ LISTED = {  # seen when the games are listed: what the file holds -> what the li
     "no grammar": (without("grammar"), "no grammar in it"),
     "no mark": (without("solvable"), "not marked solvable"),
     "unsolvable": (but(solvable=False), "marked unsolvable"),
-    "old ALFWorld": (but(grammar=GRAMMAR.replace("move {o} to {r}", "put {o} in/on {r}")), "`put` instead of `move`"),
+    "old ALFWorld": (but(grammar=GRAMMAR.replace("move {o} to {r}", "put {o} in/on {r}")), "`put`"),
     "half a grammar": (but(grammar=GRAMMAR[:len(GRAMMAR) // 4]), "a cut grammar"),
     "empty problem": (but(pddl_problem=" \n"), "no pddl_problem in it"),
     "null problem": (but(pddl_problem=None), "no pddl_problem in it"),
@@ -50,26 +55,27 @@ LOADED = {  # seen when it is loaded
     "no PDDL": (but(pddl_problem="It is a nice house."), "cannot load it"),
     "half a problem": (but(pddl_problem=PROBLEM[:len(PROBLEM) // 2]), "cannot load it"),
     "half a domain": (but(pddl_domain=DOMAIN[:len(DOMAIN) // 2]), "cannot load it"),
-    "unknown object": (but(pddl_problem=PROBLEM.replace("agent1 loc_start)", "agent1 loc_99)")), "cannot load it"),
-    "unknown type": (but(pddl_problem=PROBLEM.replace("(?r - receptacle)", "(?r - cupboard)")), "cannot load it"),
-    "unknown predicate": (but(pddl_problem=PROBLEM.replace("(openable ", "(opnable ")), "predicate 'opnable'"),
-    "typo in the goal": (but(pddl_problem=PROBLEM[:START] + PROBLEM[START:].replace("(inReceptacle", "(inRecptacle")),
-                         "predicate 'inrecptacle'"),
+    "unknown object": (typo("agent1 loc_start)", "agent1 loc_99)"), "cannot load it"),
+    "unknown type": (typo("(?r - receptacle)", "(?r - cupboard)"), "cannot load it"),
+    "unknown predicate": (typo("(openable ", "(opnable "), "predicate 'opnable'"),
+    "typo in the goal": (typo("(inReceptacle ?o", "(inRecptacle ?o"), "predicate 'inrecptacle'"),
     "foreign domain": (but(pddl_domain=BLOCKS), "does not know the predicate"),
     "cut grammar": (but(grammar=GRAMMAR[:len(GRAMMAR) * 9 // 10]), "cannot load it"),
 }
 DEADLY = {  # the native library exits, and the worker process with it
-    "goal of wrong arity": (but(pddl_problem=PROBLEM.replace("(inReceptacle ?o ?r)", "(inReceptacle ?o)")), "kills or hangs"),
+    "goal of wrong arity": (typo("(inReceptacle ?o ?r)", "(inReceptacle ?o)"), "kills or hangs"),
     "typo in an effect": (but(pddl_domain=DOMAIN.replace("(opened ?r)", "(opend ?r)")), "kills or hangs"),
 }
-PLAYED = {"a rule left out": (but(grammar=GRAMMAR.replace('"GotoLocation.feedback"', '"Goto"')), "cannot play 'go to")}
+PLAYED = {  # seen when a command is to be answered
+    "a rule left out": (but(grammar=GRAMMAR.replace('"GotoLocation.feedback"', '"Goto"')), "play 'go to"),
+}
 
 
 def write(root, **files):
     """Official games of these names and contents below `root`; their sorted names."""
     names = []
     for name, content in sorted(files.items()):
-        folder = root / "json_2.1.1" / "valid_seen" / "pick_cool_then_place_in_recep-Plate-None-SinkBasin-1" / f"trial_{name}"
+        folder = root / HOME / f"trial_{name}"
         folder.mkdir(parents=True)
         (folder / "game.tw-pddl").write_text(content)
         names.append(os.path.join(*folder.parts[-3:]))
@@ -77,10 +83,12 @@ def write(root, **files):
 
 
 def test_every_file_that_holds_no_game_is_named_and_counted(tmp_path, monkeypatch):
-    *bad, good = write(tmp_path, z=json.dumps(GOOD), **{f"{i:02}": content for i, (content, _) in enumerate(LISTED.values())})
+    contents = {f"{i:02}": content for i, (content, _) in enumerate(LISTED.values())}
+    *bad, good = write(tmp_path, z=json.dumps(GOOD), **contents)
     monkeypatch.setattr(houses, "ALFWORLD_DATA", str(tmp_path))
     lines = []
-    assert [g.name for g in levels.list_games("alfworld", "valid_seen", "official", warn=lines.append)] == [good]
+    games = levels.list_games("alfworld", "valid_seen", "official", warn=lines.append)
+    assert [game.name for game in games] == [good]
     assert len(lines) == 1 and lines[0].startswith(f"skipped {len(bad)} of {len(bad) + 1} games: ")
     assert all(name in lines[0] for name in bad) and all(reason in lines[0] for _, reason in LISTED.values())
 
@@ -94,7 +102,8 @@ def test_a_broken_game_beside_a_good_one(kind, tmp_path, monkeypatch, pool, chat
     games = levels.list_games("alfworld", "valid_seen", "official", warn=lines.append)
     if kind in LISTED:
         assert [g.name for g in games] == [good] and len(lines) == 1
-        assert lines[0].startswith("skipped 1 of 2 games: " + bad) and reason in lines[0] and "\n" not in lines[0]
+        assert lines[0].startswith(f"skipped 1 of 2 games: {bad}: ") and reason in lines[0]
+        assert "\n" not in lines[0]
         return
     assert [g.name for g in games] == [bad, good] and lines == []
     engine = Scripted(chat, ["<action>go to fridge 1</action><|im_end|>"])
@@ -112,9 +121,8 @@ def test_a_broken_game_beside_a_good_one(kind, tmp_path, monkeypatch, pool, chat
 def test_a_deadly_game_is_found_among_others_and_remembered(tmp_path):
     """Four restarts used to end the run, and name the first game of the batch."""
     for name, (content, _) in DEADLY.items():
-        write(tmp_path, **{name.replace(" ", "_"): content})
-    path = str(tmp_path / "json_2.1.1/valid_seen/pick_cool_then_place_in_recep-Plate-None-SinkBasin-1/trial_{}/game.tw-pddl")
-    one, other = (Game("alfworld", "valid_seen", name, "", path.format(name.replace(" ", "_"))) for name in DEADLY)
+        (tmp_path / name).write_text(content)
+    one, other = (Game("alfworld", "valid_seen", name, "", str(tmp_path / name)) for name in DEADLY)
     a, b = levels.generated_game("train", 0), levels.generated_game("train", 1)
     with EnvPool(1) as pool:
         first, second = pool.reset([a, b])
@@ -130,17 +138,18 @@ def test_a_deadly_game_is_found_among_others_and_remembered(tmp_path):
 
 def test_a_worker_that_cannot_start_is_no_game_s_fault(monkeypatch):
     with EnvPool(1) as pool:
-        monkeypatch.setattr(pool, "_start", lambda: subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"],
-                                                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        broken = lambda: subprocess.Popen(["false"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        monkeypatch.setattr(pool, "_start", broken)
         pool.processes[0].kill()
-        with pytest.raises(RuntimeError, match="die before they play anything"):
+        with pytest.raises(RuntimeError, match="workers of alfworld die before"):
             pool.reset([levels.generated_game("train", 0)])
 
 
 def test_a_failed_load_leaves_no_game_behind(tmp_path):
     """Loading is skipped where a game is loaded already: never where another one was tried in between."""
-    bad, good = write(tmp_path, a=but(pddl_domain=DOMAIN.replace("(:action OpenObject", "(:action Open Object")), b=but())
-    bad, good = (Game("alfworld", "valid_seen", n, "", str(tmp_path / "json_2.1.1" / n / "game.tw-pddl")) for n in (bad, good))
+    (tmp_path / "bad").write_text(but(pddl_domain=DOMAIN.replace("(:action Open", "(:action Open ")))
+    (tmp_path / "good").write_text(but())
+    bad, good = (Game("alfworld", "valid_seen", name, "", str(tmp_path / name)) for name in ("bad", "good"))
     world = make_world("alfworld")
     first = world.reset(good)
     assert isinstance(first, Observation)
@@ -153,8 +162,8 @@ def test_a_failed_load_leaves_no_game_behind(tmp_path):
 @pytest.mark.parametrize("agent", ["expert", "model"])
 def test_where_no_game_can_be_played_the_exit_status_says_so(agent, tmp_path):
     write(tmp_path, a=LOADED["half a problem"][0], b=LOADED["unknown object"][0])
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "evaluate.py"), "--agent", agent, "--games", "official", "--level",
-                           "L0", "--workers", "1"], env={**os.environ, "ALFWORLD_DATA": str(tmp_path), "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "evaluate.py"), "--agent", agent, "--games",
+                           "official", "--level", "L0", "--workers", "1"], capture_output=True, text=True,
+                          env={**os.environ, "ALFWORLD_DATA": str(tmp_path), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
-    assert done.stderr.startswith("evaluate.py: none of the 2 games can be played: ") and "trial_a" in done.stderr
+    assert done.stderr.startswith("evaluate.py: none of the 2 games can be played: valid_seen/pick_cool")

@@ -40,10 +40,10 @@ def stock():
 
 
 def test_every_task_plays_as_in_the_stock_package(stock, request, monkeypatch):
-    """Gold paths and random play over all 30 tasks with --long, over SOME otherwise. Stock plays them one after the other, we step all of them in turns
-    in one Java machine: the simulator's global random generator, object counter and simplifications must not mix.
-    Stock plays them a second time for comparison: listing the valid actions, from which the random commands are chosen,
-    draws from the random generator."""
+    """Gold paths and random play over all 30 tasks with --long, over SOME otherwise. Stock plays them one by
+    one, we step all of them in turns in one Java machine: the simulator's global random generator, object
+    counter and simplifications must not mix. Stock plays them a second time for comparison: listing the valid
+    actions, from which the random commands are chosen, draws from the random generator."""
     everything = request.config.getoption("--long")
     gold_steps, random_steps = (10_000, 20) if everything else (16, 3)
     rng, transcripts, commands = random.Random(0), {}, {}
@@ -88,7 +88,7 @@ def test_every_task_plays_as_in_the_stock_package(stock, request, monkeypatch):
 
 def test_worlds_do_not_disturb_one_another(request):
     """Bees fly by the random generator: they must not notice that other worlds are made, loaded, played or looked at."""
-    pause = 1 if request.config.getoption("--long") else 7  # steps between two looks, which are what takes long
+    pause = 1 if request.config.getoption("--long") else 7  # steps between two looks, which take longest
     game = Game("scienceworld", "train", "", "grow-fruit", ("grow-fruit", 20))
     alone, watched = make_world("scienceworld"), make_world("scienceworld")
     gold = alone.gold_path(game)
@@ -106,7 +106,8 @@ def test_worlds_do_not_disturb_one_another(request):
 
 
 def test_admissible_commands_are_the_stock_package_s(stock, request):
-    for game in levels.list_games("scienceworld", "test")[::300 if request.config.getoption("--long") else 600]:
+    every = 300 if request.config.getoption("--long") else 600
+    for game in levels.list_games("scienceworld", "test")[::every]:
         stock.load(*game.source, "easy")
         _, info = stock.reset()
         world = make_world("scienceworld")
@@ -125,15 +126,17 @@ def one_worker():
 
 
 QUICK = ("find-animal", "grow-fruit", "identify-life-stages-1", "identify-life-stages-2")
+OTHERS = [pytest.param(task, marks=LONG) for task in levels.VARIATIONS if task not in QUICK]
 
 
-@pytest.mark.parametrize("task", [*QUICK, *(pytest.param(t, marks=LONG) for t in levels.VARIATIONS if t not in QUICK)])
+@pytest.mark.parametrize("task", [*QUICK, *OTHERS])
 def test_the_expert_scores_100(task, one_worker):
-    """In two test variations of each task. Of what it imitates it used to leave out steps in which animals grow older:
-    0 of 9 won in identify-life-stages, three of them by a fatal mistake."""
+    """In two test variations of each task. It used to leave out steps in which animals grow older: 0 of 9 won
+    in identify-life-stages, three of them lost by a fatal mistake."""
     games = levels.list_games("scienceworld", "test", task_types=[task], count=2)
     results = list(play_expert(games, one_worker, max_steps=1000))
-    assert [(game.name, turns[-1][3].score, won) for game, turns, won in results] == [(g.name, 100, True) for g in games]
+    scores = [(game.name, turns[-1][3].score, won) for game, turns, won in results]
+    assert scores == [(game.name, 100, True) for game in games]
     if task == "find-animal":  # where nothing depends on time, it teleports
         assert not any(command.startswith("go to ") for _, turns, _ in results for _, command, *_ in turns)
 
@@ -147,15 +150,15 @@ def test_count_spreads_over_the_tasks():
         assert {found.count(task) for task in found} == {count // tasks}
         every = levels.level_games("scienceworld", level, "test")
         assert games == [game for game in every if game in set(games)]  # in the same order
-    assert levels.level_games("scienceworld", "L1", "test", count=10_000) == levels.level_games("scienceworld", "L1", "test")
+    assert levels.level_games("scienceworld", "L2", "test", count=10_000) == every
 
 
 def test_the_limit_of_steps_follows_the_tasks():
     limits = {task: levels.max_steps("simulator", [task]) for task in levels.VARIATIONS}
     assert min(limits.values()) == 30 and sum(limit > 30 for limit in limits.values()) == 17
-    assert levels.max_steps("simulator") == max(limits.values()) == limits["inclined-plane-friction-named-surfaces"]
-    assert [levels.max_steps(games, types) for games, types in (
-        ("generated", None), ("generated", ["1"]), ("official", None), ("simulator", ["short"]))] == [20, 20, 50, 15]
+    assert levels.max_steps("simulator") == max(limits.values())
+    others = ("generated", None), ("generated", ["1"]), ("official", None), ("simulator", ["short"])
+    assert [levels.max_steps(games, types) for games, types in others] == [20, 20, 50, 15]
 
 
 def test_splits_are_the_simulator_s(stock):
@@ -222,7 +225,11 @@ def gone(pids, seconds=15):
     return False
 
 
-@pytest.mark.parametrize("victim", ["java", *(pytest.param(v, marks=LONG) for v in ("worker", "dead worker", "java hangs"))])
+VICTIMS = ["java", *(pytest.param(victim, marks=LONG) for victim in ("worker", "dead worker", "java hangs"))]
+ENDS = [signal.SIGKILL, *(pytest.param(end, marks=LONG) for end in (signal.SIGINT, signal.SIGTERM))]
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
 def test_a_dead_or_hanging_machine_is_replaced_and_the_episode_goes_on(victim):
     games = levels.list_games("scienceworld", "train", task_types=["find-animal"])[:2]
     plan = ["look around", "teleport to kitchen", "look around", "pick up orange", "inventory"]
@@ -242,7 +249,7 @@ def test_a_dead_or_hanging_machine_is_replaced_and_the_episode_goes_on(victim):
         assert gone([java])
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, *(pytest.param(s, marks=LONG) for s in (signal.SIGINT, signal.SIGTERM))])
+@pytest.mark.parametrize("end", ENDS)
 def test_no_java_machine_is_left_behind(end):
     script = ("import signal, time\nfrom games import levels\nfrom games.pool import EnvPool\n"
               "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it

@@ -30,8 +30,9 @@ def small_policy(tokenizer, tmp_path_factory):
 
 def start(*arguments):
     return subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), *arguments], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                            # A shell's background jobs ignore Ctrl-C, and so would what they start.
+                            stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            # a shell's background jobs ignore Ctrl-C, and so would what they start
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
