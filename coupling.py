@@ -1,0 +1,289 @@
+"""Is this policy in the danger zone? Gradient coupling, measured on any model that trains.
+
+    python coupling.py --model policies/tiny --out runs/coupling              # one draw of games: 2 minutes
+    python coupling.py --model A --model B --draws 10 --out runs/a-and-b      # paired: on the same games
+    python coupling.py --model policies/tiny --probes runs/probes.jsonl       # the kernel, too
+
+**The split update**: what training would do to this policy's flaws. The policy plays training games. On half
+of them the GRPO gradient, with the real advantages and token weights, is split by the tokens it comes from,
+
+    G = sum_t w_t A_t grad log pi(t) = G_u + G_f       unflawed and flawed steps (rollout.Step.flawed)     (1)
+
+and a small step is taken along each part *alone*. How does log pi(action) change in the other half of the
+games, for each kind of flaw (rollout.FLAWS), for all flawed actions, and for good ones?
+
+    leak  = mean_x [log pi(x; theta + eta D_u) - log pi(x; theta)] / eta    what reinforcing the rest does (2)
+    own   = the same along D_f                     what punishing flaws does: it corrects where it is negative
+    net   = leak + own              ratio = -leak / own: from 1 on the flaw grows. That is the danger zone,
+                                    rho > r' q' (1 - q') / (r q (1 - q)) of toy_bandit.py, in a real policy
+    D     = G, or through Adam's second moments G / (sqrt(v) + 1e-8)
+
+Units: nats per unit step, i.e. at a learning rate of 1, to first order: any rate scales them alike. All steps
+go equally far, as far along the whole G as changes held-out log pi by --step nats (root mean square). Is that
+small enough? The additivity check compares leak + own with the change along the whole G. log pi(action) is
+the sum over the tokens between the action's tags (tags and end of turn couple trivially); of an answer
+without an action, over all its tokens. The classifier and the KL are off: what GRPO alone would do.
+
+**Intervals.** One draw: bootstrap over both halves. The gradients are taken for --blocks blocks of whole
+groups apart, and the change adds up over blocks, so that a resample draws blocks from the first half and,
+independently, games from the other. Eight blocks are few: this interval is coarse (deviations are widened by
+sqrt(8/7): Rao & Wu 1988). Several draws, each with its own games and samples: Student's t over the draws.
+
+**The kernel**, which explains the ratio: how alike are the policy gradients of two actions? `probe_kernel`,
+on the probes of support/probes.py.
+
+All in float32 by PyTorch, whatever the policy was trained with: differences of nearly equal numbers are read.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+from dataclasses import replace
+
+import torch
+from tqdm import tqdm
+
+from actor import forward
+from games.pool import EnvPool
+from rollout import flaw_rates
+from support.batches import deal, sampled_logprobs
+from support.checkpoints import write_atomically
+from support.coupling_figures import draw_danger_zone, draw_kernels
+from support.coupling_report import paired, summarize, table
+from support.coupling_run import as_run, checkpoint_moments, choose_games, collect, parse_arguments, prepare
+from support.probes import encode, kernel_table, probe_file
+from support.setup import player
+from train import gradients
+
+PARTS = ("unflawed", "flawed")  # of the gradient: G_u, G_f
+
+
+# ----------------------------------------------------------------------------------------- the split update
+
+def split_update(args, run, first, held_out, mask, v=None):
+    """What a step along each part of the gradient does to every held-out action, eqs. 1 and 2.
+
+    Args:
+        args: from support/coupling_run.py: train.py's, as far as its `gradients` reads them; blocks, step.
+        run: from `as_run`: the model, and a bar that is told of every part done.
+        first, held_out: Batches of different games, with advantages and token weights. S steps are held out.
+        mask: (N,) 1.0 for the held-out tokens that are the action itself.
+        v: Adam's second moments, like the model's parameters; None: the plain gradient alone.
+    Returns: for "plain", and with v for "adam", {"change": (2, B, S) by part (PARTS) and block, "whole": (S,)
+        along the undivided gradient}, in nats per unit step; and the share (B,) of the weights in each block.
+    """
+    rules = {"plain": lambda G: G}
+    if v is not None:
+        rules["adam"] = lambda G: [g / (moment.sqrt() + 1e-8) for g, moment in zip(G, v)]
+    again, blocks = lambda: action_logprobs(args, run, held_out, mask), deal(first, args.blocks)
+    before, G = again(), ascent(args, run, first)                                               # (S,)
+    found, share, distance = {}, [], {}
+    for rule, direct in rules.items():
+        distance[rule] = step_length(args, run, direct(G), before, again)
+        found[rule] = {"whole": effect(run, direct(G), distance[rule], before, again),
+                       "change": torch.zeros(len(PARTS), len(blocks), len(before), dtype=torch.float64)}
+        run.bar.update()
+    for b, block in enumerate(blocks):
+        part = first.part(block)  # with its share of the weights of all of `first`
+        share.append(float(part.token_weights.sum()))
+        flawed = part.flawed[part.step_of_token]                                                # (n,)
+        for i, kept in enumerate((~flawed, flawed)):
+            G = ascent(args, run, part, kept)                                                   # eq. 1
+            for rule, direct in rules.items():
+                change = effect(run, direct(G), distance[rule], before, again)                  # eq. 2
+                found[rule]["change"][i, b] = change
+                run.bar.update()
+    return found, share
+
+
+def ascent(args, run, batch, kept=1.0):
+    """G of the tokens that are `kept` (N,): a list of tensors like the model's parameters. The others weigh
+    nothing, but are not left out of the batch, so that the gradients of the parts add up to its own."""
+    weighed = replace(batch, token_weights=batch.token_weights * kept)
+    gradients(args, run, weighed, classifier_coef=0.0)
+    return [torch.zeros_like(p) if p.grad is None else -p.grad for p in run.model.parameters()]
+
+
+def effect(run, direction, distance, before, again):
+    """(S,) change of log pi of every held-out action per unit step along `direction`, eq. 2: from `before` to
+    what `again()` measures after a step that goes as far as `distance`."""
+    length = norm(direction)
+    if length == 0.0:  # of groups without variance, say
+        return torch.zeros_like(before)
+    eta = distance / length
+    with moved(run.model, direction, eta):
+        return (again() - before) / eta
+
+
+def step_length(args, run, direction, before, again):
+    """How far to go along `direction` so that held-out log pi changes by --step nats, root mean square."""
+    trial = 1e-5 * norm(run.model.parameters())
+    change = effect(run, direction, trial, before, again) * trial / norm(direction)             # (S,) nats
+    return trial * args.step / float(change.square().mean().sqrt())
+
+
+def norm(tensors):
+    return math.sqrt(sum(float(t.detach().double().pow(2).sum()) for t in tensors))
+
+
+@contextlib.contextmanager
+def moved(model, direction, eta):
+    """In here the weights are theta + eta * direction; afterwards they are theta again, to the last bit."""
+    before = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        try:
+            for p, d in zip(model.parameters(), direction):
+                p.add_(d, alpha=eta)
+            yield
+        finally:
+            for p, b in zip(model.parameters(), before):
+                p.copy_(b)
+
+
+def action_logprobs(args, run, batch, mask):
+    """(S,) log pi(action) of every step, in float64; mask: (N,) 1.0 for the tokens that count."""
+    each = sampled_logprobs(run.model, batch, args.temperature, args.micro_tokens).double() * mask
+    return torch.zeros(len(batch.flawed), dtype=torch.float64).index_add(0, batch.step_of_token, each)
+
+
+def second_moments(args, run, batches):
+    """Adam's v, estimated: the mean square of the gradients of all blocks of the batches, each on its own."""
+    blocks = [batch.part(block) for batch in batches for block in deal(batch, args.blocks)]
+    v = [torch.zeros_like(p) for p in run.model.parameters()]
+    for part in blocks:
+        part.token_weights = part.token_weights / part.token_weights.sum()  # as if an optimizer step's batch
+        for moment, g in zip(v, ascent(args, run, part)):
+            moment += g**2 / len(blocks)
+        run.bar.update()
+    return v
+
+
+# ----------------------------------------------------------------------------------------------- the kernel
+
+def probe_kernel(model, probes, temperature=1.0, exact=4_000_000, buckets=2**18, seed=0):
+    """K(x, x') = <g, g'>, g = grad log pi(action | what came before), for every pair of n probes, per block.
+
+    To first order K(x, x') / |g'| is by how much log pi(x) rises where the weights move one unit along g'.
+    Positive K between an action where it is right and where it is flawed is the coupling.
+
+    Up to `exact` parameters the gradients are kept whole (256 of a million: 1 GB). Beyond that each is
+    sketched: every coordinate is added, with a random sign, to one of `buckets` buckets (each block has an
+    equal share of them). Inner products stay unbiased; the error of a cosine is some 1 / sqrt(buckets of its
+    block) (Charikar et al. 2002, "Finding frequent items in data streams").
+
+    Args: probes: from support/probes.py, with tokens (T,) and mask (T,) of the action. seed: of the sketch.
+    Returns: {block: (n, n) float64}, for the blocks of `parameter_blocks` and, their sum, "all".
+    """
+    model.eval()
+    parameters, blocks = list(model.parameters()), parameter_blocks(model)
+    sizes = {name: sum(parameters[i].numel() for i in members) for name, members in blocks.items()}
+    sketched, generator = sum(sizes.values()) > exact, torch.Generator().manual_seed(seed)
+    if sketched:
+        sizes = {name: buckets // len(blocks) for name in blocks}
+        draw = lambda i, n, kind: torch.randint(n, (parameters[i].numel(),), generator=generator, dtype=kind)
+        place = {i: draw(i, sizes[name], torch.int32) for name, members in blocks.items() for i in members}
+        sign = {i: 2 * draw(i, 2, torch.int8) - 1 for i in place}
+    rows = {name: torch.zeros(len(probes), size) for name, size in sizes.items()}
+    for n, probe in enumerate(tqdm(probes, desc="gradients of probes")):
+        logprob = forward(model, [probe.tokens], [probe.mask], temperature)["logprobs"].sum()
+        g = torch.autograd.grad(logprob, parameters, allow_unused=True, materialize_grads=True)
+        for name, members in blocks.items():
+            if sketched:
+                for i in members:
+                    rows[name][n].index_add_(0, place[i], g[i].flatten().cpu() * sign[i])
+            else:
+                rows[name][n] = torch.cat([g[i].flatten() for i in members])
+    kernels = {name: (row @ row.T).double() for name, row in rows.items()}
+    return {"all": sum(kernels.values()), **kernels}
+
+
+def parameter_blocks(model, most=8):
+    """{name: numbers of its parameters}: embeddings (with them the output layer, where the two are tied), the
+    layers, neighbours together where there are many, and the output layer with the norm before it."""
+    layers = list(model.get_decoder().layers)
+    groups = min(len(layers), most - 2)
+    name_of = {id(p): "embeddings" for p in model.get_input_embeddings().parameters()}
+    for k in range(groups):
+        first, last = k * len(layers) // groups, (k + 1) * len(layers) // groups
+        name = f"layer {last}" if last == first + 1 else f"layers {first + 1}-{last}"
+        name_of |= {id(p): name for layer in layers[first:last] for p in layer.parameters()}
+    blocks = {name: [] for name in [*dict.fromkeys(name_of.values()), "output layer"]}
+    for i, p in enumerate(model.parameters()):
+        blocks[name_of.get(id(p), "output layer")].append(i)
+    return blocks
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+def measure(args, run, games, seed, v=None):
+    """One draw: the first half of the games gives the gradients, the other is held out. A row of results."""
+    episodes = collect(args, run.engine, run.chat, run.pool, games, seed, run.bar)
+    halves = [[e for e in episodes if (e.group < len(games) // 2) == here] for here in (True, False)]
+    if not all(halves):
+        raise ValueError("none of the games of one half can be played: see the lines above")
+    (first, _), (held_out, mask) = (prepare(args, run.chat, half) for half in halves)
+    if not first.advantages.any():
+        raise ValueError(f"no gradient: in each of {len(games) // 2} groups all episodes have one reward: "
+                         "take more --episodes, or a policy that wins now and then")
+    if not args.no_adam and v is None:
+        v = second_moments(args, run, [first, held_out])
+    found, share = split_update(args, run, first, held_out, mask, v)
+    return {"games": [sorted({e.game.name for e in half}) for half in halves], "episodes": len(episodes),
+            "success": sum(e.won for e in episodes) / len(episodes), **flaw_rates(episodes),
+            **{rule: summarize(one, share, held_out) for rule, one in found.items()}}
+
+
+def measure_all(args, pool, games, probes):
+    """Every model on every draw's games, and on the probes; tables are printed and rows written as they come.
+    Returns the rows and, per model, (Gram matrices, probes as the model reads them)."""
+    rows, grams, count, path = [], {}, len(games) // args.draws, os.path.join(args.out, "results.jsonl")
+    for folder in args.model:
+        here = argparse.Namespace(**vars(args))  # two models may have been trained in two ways
+        engine, chat = player(here, folder)
+        if here.temperature <= 0:
+            raise ValueError("--temperature must be positive: greedy episodes of a group are all the same")
+        v = None if args.no_adam else checkpoint_moments(folder, engine.model)
+        parts = (2 - args.no_adam) * (2 * args.blocks + 1) + (0 if args.no_adam or v else 2 * args.blocks)
+        parts += -(-count // max(1, args.batch // args.group_size))  # of playing
+        with tqdm(total=args.draws * parts, desc=folder) as bar:
+            run = as_run(here, engine.model, bar, engine=engine, chat=chat, pool=pool)
+            for draw in range(args.draws):
+                seed = (args.seed * 1_000_003 + draw) * 10_007  # `collect` adds the number of a game
+                row = measure(here, run, games[draw * count:(draw + 1) * count], seed, v)
+                rows.append({"model": folder, "draw": draw, "moments": "trainer.pt" if v else "blocks", **row,
+                             "args": vars(args)})
+                write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        print(table(folder, [row for row in rows if row["model"] == folder]) + "\n", flush=True)
+        if probes:
+            seen = encode(probes, chat)
+            grams[folder] = probe_kernel(engine.model, seen, here.temperature), seen
+            print(kernel_table(folder, *grams[folder]) + "\n", flush=True)
+    if len(args.model) > 1:
+        print(paired(args.model, rows))
+    return rows, grams
+
+
+def main():
+    args = parse_arguments()
+    try:
+        games = choose_games(args)
+        os.makedirs(args.out, exist_ok=True)
+        with EnvPool(args.workers) as pool:
+            probes = probe_file(args, pool) if args.probes else None
+            rows, grams = measure_all(args, pool, games, probes)
+        draw_danger_zone(rows, os.path.join(args.out, "danger_zone.png"))
+        draw_kernels(grams, os.path.join(args.out, "kernel.png"))
+        print(f"results and pictures: {args.out}")
+    except OSError as error:
+        sys.exit("coupling.py: " + (f"{error.filename}: {error.strerror}" if error.filename else str(error)))
+    except ValueError as error:
+        sys.exit(f"coupling.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\ncoupling.py: stopped. The draws that were finished are in {args.out}/results.jsonl")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Pictures of what coupling.py measured: the danger zone with a policy's own flaws in it, and the kernel.
+
+    python -m support.coupling_figures runs/coupling/results.jsonl --out danger_zone.png   # of a run, or more
+"""
+
+import argparse
+import json
+import os
+
+import matplotlib
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy  # noqa: E402
+
+from support.coupling_report import KINDS, combine  # noqa: E402
+from support.curves import COLORS  # noqa: E402
+from support.probes import GROUPS, cosine, group_cosines  # noqa: E402
+
+MARKERS = "os^Dv<>"
+
+
+def save(figure, path):
+    """The file holds the old picture or the new one, never half of it."""
+    figure.savefig(path + ".partial.png", dpi=110)
+    plt.close(figure)
+    os.replace(path + ".partial.png", path)
+
+
+def draw_danger_zone(rows, path):
+    """Leak against own correction, a panel per rule, a colour per kind of flaw, a marker per model, 95%
+    intervals. On the diagonal the leak undoes the correction; above it the flaw grows. Faint: single draws.
+    """
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    rules = [rule for rule in ("plain", "adam") if rule in rows[0]]
+    figure, axes = plt.subplots(1, len(rules), figsize=(6.2 * len(rules), 5.6), squeeze=False,
+                                constrained_layout=True)
+    for axis, rule in zip(axes[0], rules):
+        reach = [0.0]
+        for marker, model in zip(MARKERS * len(models), models):
+            mine = [row for row in rows if row["model"] == model]
+            for color, kind in zip(COLORS, KINDS[:-1]):
+                cells = combine(mine, rule, kind)
+                (leak, *leaks), (own, *owns) = cells["leak"], cells["own"]
+                if leak is None:
+                    continue
+                bars = {}
+                if leaks[0] is not None:
+                    bars = {"xerr": [[owns[1] - own], [own - owns[0]]],  # the axis shows -own
+                            "yerr": [[leak - leaks[0]], [leaks[1] - leak]]}
+                    reach += [-owns[0], -owns[1], *leaks]
+                name = kind.replace("_", " ") + (f", {model}" if len(models) > 1 else "")
+                ratio = cells["ratio"][0]
+                axis.errorbar([-own], [leak], fmt=marker, color=color, capsize=3, markersize=7, elinewidth=1,
+                              label=name + ("" if ratio is None else f": {ratio:.2f}"))
+                if bars:
+                    axis.errorbar([-own], [leak], fmt="none", color=color, capsize=3, elinewidth=1, **bars)
+                reach += [-own, leak]
+                if len(mine) > 1:
+                    single = [(-row[rule][kind]["own"], row[rule][kind]["leak"]) for row in mine]
+                    axis.plot(*zip(*single), marker, color=color, alpha=0.3, markersize=4)
+        low, high = min(reach), max(reach)
+        low, high = low - 0.08 * (high - low), high + 0.08 * (high - low)
+        axis.plot([low, high], [low, high], "k-", linewidth=1)
+        axis.fill_between([low, high], [low, high], high, color="#D55E00", alpha=0.08)
+        axis.text(0.03, 0.97, "danger zone:\nthe flaw grows", va="top", transform=axis.transAxes, fontsize=9)
+        axis.axhline(0, color="k", linewidth=0.5)
+        axis.axvline(0, color="k", linewidth=0.5)
+        axis.set(xlim=(low, high), ylim=(low, high), xlabel="own correction: fall of log pi under $G_f$",
+                 ylabel="leak: rise of log pi under $G_u$ (nats per unit step)",
+                 title={"plain": "plain gradient", "adam": "through Adam"}[rule])
+        axis.legend(fontsize=8, title="held-out flaws: -leak / own", title_fontsize=8, loc="lower right")
+    save(figure, path)
+
+
+def draw_kernels(grams, path):
+    """Per model: the cosines of all pairs of probes, sorted by action and then label; and the pair groups per
+    block. grams: {model: ({block: Gram matrix}, probes)}. Nothing is drawn where there are none."""
+    if not grams:
+        return
+    figure, axes = plt.subplots(len(grams), 2, figsize=(13, 6 * len(grams)), squeeze=False,
+                                constrained_layout=True)
+    for (left, right), (model, (of_block, probes)) in zip(axes, grams.items()):
+        counts = {p.action: sum(q.action == p.action for q in probes) for p in probes}
+        place = lambda i: (-counts[probes[i].action], probes[i].action, probes[i].flawed)
+        order = sorted(range(len(probes)), key=place)
+        image = left.imshow(cosine(of_block["all"])[numpy.ix_(order, order)], vmin=-1, vmax=1, cmap="RdBu_r")
+        figure.colorbar(image, ax=left, shrink=0.7, label="cosine")
+        before = [None] + [probes[i] for i in order]
+        starts = [k for k, i in enumerate(order) if k == 0 or before[k].action != probes[i].action]
+        turns = [k for k, i in enumerate(order) if k and probes[i].flawed and not before[k].flawed]
+        for k in starts[1:]:
+            left.axhline(k - 0.5, color="k", linewidth=0.4)
+            left.axvline(k - 0.5, color="k", linewidth=0.4)
+        for k in turns:  # from here on the same action's flawed probes
+            left.plot([-0.035 * len(order), -0.5], [k - 0.5] * 2, color="#D55E00", lw=0.8, clip_on=False)
+        named = [k for k in starts if counts[probes[order[k]].action] >= len(probes) / 40]
+        left.set(xticks=[], yticks=[k + counts[probes[order[k]].action] / 2 - 0.5 for k in named],
+                 title=f"{model}: cosine of grad log pi(action), by action; below each orange mark: flawed")
+        left.set_yticklabels([probes[order[k]].action for k in named], fontsize=7)
+        left.tick_params(length=0, pad=22)
+        for k, (block, gram) in enumerate(of_block.items()):
+            cells = group_cosines(gram, probes, draws=400)
+            for g, name in enumerate(n for n in GROUPS if n in cells):
+                cell = cells[name]
+                x = k + 0.15 * (g - 2)
+                right.plot([x], [cell["cosine"]], "o", color=COLORS[g], markersize=5,
+                           label=f"{name}  {GROUPS[name]}" if k == 0 else None)
+                if cell["low"] is not None:
+                    right.plot([x, x], [cell["low"], cell["high"]], color=COLORS[g], linewidth=1.5)
+        right.axhline(0, color="k", linewidth=0.5)
+        right.set(title="mean cosine per pair group and block, 95% over games", ylabel="cosine",
+                  xticks=range(len(of_block)))
+        right.set_xticklabels([b.replace(" ", "\n") for b in of_block], fontsize=8)
+        right.legend(fontsize=8)
+        right.grid(axis="y", alpha=0.3)
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Draw the danger zone from the results of coupling.py.")
+    parser.add_argument("results", nargs="+", help="results.jsonl of one run or several")
+    parser.add_argument("--out", default="danger_zone.png", help="picture to write")
+    args = parser.parse_args()
+    rows = [json.loads(line) for path in args.results for line in open(path)]
+    draw_danger_zone([row for row in rows if "model" in row], args.out)

@@ -1,0 +1,173 @@
+"""What coupling.py needs around its instruments: a policy's episodes, an optimizer's moments, arguments."""
+
+import argparse
+import os
+import re
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+from classifier_loss import flaw_labels
+from credit import CREDIT
+from games import levels
+from grpo import token_weights
+from rollout import play
+from support.batches import lay_out
+from support.policies import load_policy, notes_of
+from support.setup import ADAMW
+
+
+def as_run(args, model, bar, **more):
+    """The namespace that train.gradients works on; nothing but the policy's own loss is left. bar: tqdm's, or
+    None."""
+    return SimpleNamespace(args=args, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+                           value_head=None, question=None, shared=None, turn_entropies=[],
+                           bar=bar or tqdm(disable=True), **more)
+
+
+def collect(args, engine, chat, pool, games, seed, bar):
+    """Every game `--group-size` times, some `--batch` episodes side by side; an episode's group is its game's
+    number. Raises ValueError, one line."""
+    episodes, portion = [], max(1, args.batch // args.group_size)
+    for begin in range(0, len(games), portion):
+        played, report = play(engine, pool, chat, games[begin:begin + portion], args.group_size,
+                              args.max_steps, args.max_context, seed + begin, args.show_actions)
+        for episode in played:
+            episode.group += begin
+            if not episode.steps:
+                raise ValueError(f"--max-context {args.max_context} is too small for a first prompt and one "
+                                 "answer")
+        for line in report["bad_games"]:
+            bar.write(f"skipped: {line}")
+        episodes += played
+        bar.update()
+    return episodes
+
+
+def prepare(args, chat, episodes):
+    """Episodes as a Batch with advantages and token weights, and the (N,) mask of their actions' tokens."""
+    batch, known, mask = lay_out(episodes), {}, []
+    batch.labels = flaw_labels(batch.flawed)                                                    # (S,)
+    batch.advantages = CREDIT[args.credit](episodes, args.advantage == "std", batch.labels)     # (S,)
+    episode_of_token = batch.episode_of_step[batch.step_of_token]
+    batch.token_weights = token_weights(batch.step_of_token, episode_of_token, args.weighting)  # (N,), sum 1
+    for episode in episodes:
+        for step in episode.steps:
+            ids = tuple(episode.tokens[step.start:step.end])
+            known[ids] = known.get(ids) or content(chat, list(ids))
+            mask += known[ids]
+    return batch, torch.tensor(mask, dtype=torch.float64)
+
+
+def content(chat, ids):
+    """Which tokens of an answer are the action itself, those between its tags; where there is not exactly one
+    action, all but the end of turn. A list of bools."""
+    decode = chat.tokenizer.decode
+    found = list(re.finditer(r"<action>(.*?)</action>", decode(ids), flags=re.DOTALL))
+    if len(found) != 1 or not found[0][1].strip():
+        return [token != chat.eos for token in ids]
+    edges = [len(decode(ids[:i])) for i in range(len(ids) + 1)]  # a token may hold a tag's end and more
+    begin, end = found[0].span(1)
+    return [left < end and right > begin for left, right in zip(edges, edges[1:])]
+
+
+def checkpoint_moments(folder, model):
+    """Adam's second moments as training left them in a checkpoint's trainer.pt, their bias corrected. None
+    where there are none of these weights: no such file, or one of LoRA's additions."""
+    path, parameters = os.path.join(folder, "trainer.pt"), list(model.parameters())
+    if not os.path.exists(path):
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["optimizer"]["state"]
+    except Exception as error:  # a truncated file makes torch raise all sorts of things
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}): without that file Adam's second "
+                         "moments are estimated") from error
+    if any(i not in state or state[i]["exp_avg_sq"].shape != p.shape for i, p in enumerate(parameters)):
+        return None
+    return [(state[i]["exp_avg_sq"] / (1 - ADAMW["betas"][1] ** float(state[i]["step"]))).to(p.device)
+            for i, p in enumerate(parameters)]
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Measure the gradient coupling of policies.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument_group("what is measured").add_argument
+    flag("--model", action="append", required=True, help="Hugging Face folder or hub name; several are "
+         "paired: measured on the same games")
+    flag("--draws", type=int, default=1, help="how often, each time on games and samples of its own")
+    flag("--episodes", type=int, default=256, help="per draw; half of the games give the gradients, the "
+         "others are held out")
+    flag("--group-size", type=int, default=8, help="episodes per game (G)")
+    flag("--blocks", type=int, default=8, help="of games whose gradients are taken apart, for the intervals")
+    flag("--step", type=float, default=1e-3, help="by how many nats a step changes held-out log pi (root "
+         "mean square)")
+    flag("--no-adam", action="store_true", help="the plain gradient alone: half the forward passes")
+    flag("--probes", metavar="FILE", help="measure the kernel, too, on the probes in this file; where there "
+         "is none, it is made")
+    flag("--probe-count", type=int, default=256, help="of a new file of probes")
+    flag = parser.add_argument_group("as in training").add_argument
+    flag("--env", default="alfworld", choices=levels.ENVS)
+    flag("--level", default="L1", choices=levels.LEVELS, help="whose training games are played (probes: "
+         "whose test games)")
+    flag("--games", default="auto", choices=["auto", "official", "generated"], help="ALFWorld's")
+    flag("--task-types", nargs="+", help="these only (default: all; `short` for tiny policies of ours in "
+         "ScienceWorld)")
+    flag("--max-steps", type=int, help="steps per episode (default as train.py)")
+    flag("--credit", default="grpo", choices=list(CREDIT), help="from outcomes to advantages: credit.py")
+    flag("--advantage", default="std", choices=["std", "mean"], help="divide by the group's std, or only "
+         "subtract its mean")
+    flag("--weighting", default="token", choices=["token", "step", "episode"], help="what counts equally in "
+         "the loss")
+    as_trained = "as the checkpoint was trained; else "
+    flag("--temperature", type=float, help=f"of sampling and scoring ({as_trained}1)")
+    flag("--max-new-tokens", type=int, help=f"per answer ({as_trained}as train.py)")
+    flag("--max-context", type=int, help=f"tokens of an episode ({as_trained}as train.py)")
+    flag("--show-actions", action="store_true", default=None,
+         help=f"name the admissible commands in every observation ({as_trained}not)")
+    flag = parser.add_argument_group("the run").add_argument
+    flag("--batch", type=int, default=64, help="episodes played side by side")
+    flag("--micro-tokens", type=int, default=8192, help="padded tokens per forward pass: memory, never the "
+         "result")
+    flag("--workers", type=int, default=os.cpu_count(), help="environment processes")
+    flag("--device", default="auto", help="auto, cpu, cuda, ...")
+    flag("--seed", type=int, default=0, help="of games and sampling")
+    flag("--out", default="runs/coupling", help="folder for results and pictures; those there are replaced")
+    # Float32 and PyTorch, since differences of nearly equal numbers are read; then, train.py's loss at rest.
+    parser.set_defaults(engine="torch", precision="float32", shard=False, engine_memory=0.9,
+                        tensor_parallel=1, clip=0.2, kl_coef=0.0, classifier_coef=0.0, head_layer=-1, epo=0.0)
+    args = parser.parse_args()
+    for name in ("draws", "episodes", "batch", "micro_tokens", "workers", "probe_count"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.group_size < 2:
+        parser.error("--group-size must be at least 2: an advantage compares episodes of one game")
+    if args.blocks < 2:
+        parser.error("--blocks must be at least 2: intervals resample them")
+    pair = 2 * args.group_size
+    if args.episodes % pair or args.episodes < pair * args.blocks:
+        parser.error(f"--episodes {args.episodes}: must be a multiple of {pair}, two halves of whole groups, "
+                     f"and at least {pair * args.blocks}, a group for each of --blocks")
+    if args.step <= 0:
+        parser.error("--step must be positive")
+    if len(set(args.model)) < len(args.model):
+        parser.error("--model: the same one twice")
+    return args
+
+
+def choose_games(args):
+    """Resolve what is automatic, in place; returns the games of all draws, none of them twice. Raises
+    FileNotFoundError or ValueError, one line."""
+    for folder in args.model:  # a mistyped one is told now, not after hours of measuring the others
+        load_policy(folder)
+    kind = levels.choose_games(args.games, args.env)
+    ours = all(notes_of(folder).get("prompt") == "short" for folder in args.model)
+    args.task_types = args.task_types or (["short"] if ours and args.env == "scienceworld" else None)
+    args.max_steps = args.max_steps or levels.max_steps(kind, args.task_types)
+    args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    games = levels.level_games(args.env, args.level, "train", args.games, args.task_types)
+    count = args.episodes // args.group_size
+    if args.draws * count > len(games):
+        raise ValueError(f"{args.draws} draws of {count} games each, and level {args.level} trains on "
+                         f"{len(games)} only: fewer --draws or --episodes")
+    return levels.sample_games(games, args.draws * count, args.seed)

@@ -1,0 +1,368 @@
+"""The coupling's two instruments against closed forms, real optimizer steps and finite differences."""
+
+import json
+import math
+import os
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+
+import coupling
+import helpers
+import toy_bandit
+from games.players import play_expert
+from games import levels
+from rollout import Episode, Step
+from support import coupling_report, coupling_run, probes
+
+ARGS = dict(temperature=1.0, micro_tokens=8192, clip=0.2, kl_coef=0.0, classifier_coef=0.0, head_layer=-1,
+            epo=0.0, credit="grpo", weighting="token")
+
+
+# ------------------------------------------------------------ a log-linear policy, where all is known exactly
+
+S, S_PRIME = 2, 3  # the tokens that show the two states; tokens 0 and 1 are the actions: f, and the other one
+
+
+class LogLinear(torch.nn.Module):
+    """Two states whose features have the cosine rho, two actions, logits W phi(state), as in toy_bandit.py,
+    part 3. A transformer to whoever calls it as actor.forward does; W is all it can learn."""
+
+    def __init__(self, rho, q, q_prime):
+        super().__init__()
+        self.features = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [rho, math.sqrt(1 - rho**2)]])
+        self.output = torch.nn.Linear(2, 2, bias=False)
+        logit = lambda x: math.log(x / (1 - x))
+        difference = torch.tensor([logit(q), (logit(q_prime) - rho * logit(q)) / math.sqrt(1 - rho**2)])
+        self.output.weight.data = torch.stack([difference / 2, -difference / 2])
+
+    def get_decoder(self):
+        return lambda input_ids, **_: SimpleNamespace(last_hidden_state=self.features[input_ids])
+
+    def get_output_embeddings(self):
+        return self.output
+
+
+def played(state, group, good_reward, flawed, q, G=8):
+    """G episodes of one step in a state, in which f (token 0) is taken exactly as often as by the policy."""
+    episodes = []
+    for i in range(G):
+        action = 0 if i < round(q * G) else 1
+        step = Step(1, 2, str(action), inadmissible=flawed and action == 0)
+        logprob = math.log(q if action == 0 else 1 - q)
+        episodes.append(Episode(None, group, [state, action], [False, True], [0.0, logprob], [step],
+                                reward=good_reward if action == 0 else 0.0))
+    return episodes
+
+
+def two_states(rho, q=0.25, r=0.5, q_prime=0.125, r_prime=0.75, step=1e-3):
+    """The split update of this policy: f is right in s and worth r; flawed in s', it costs r'."""
+    args, model = SimpleNamespace(**ARGS, advantage="mean", blocks=2, step=step), LogLinear(rho, q, q_prime)
+    first = [e for group in range(4) for e in (played(S, group, r, False, q) if group < 2
+                                               else played(S_PRIME, group, -r_prime, True, q_prime))]
+    held_out = played(S, 5, r, False, q) + played(S_PRIME, 6, -r_prime, True, q_prime)
+    chat = SimpleNamespace(eos=7, tokenizer=SimpleNamespace(decode=lambda ids: ""))
+    (first, _), (held_out, mask) = (coupling_run.prepare(args, chat, half) for half in (first, held_out))
+    run = coupling_run.as_run(args, model, None)
+    found, share = coupling.split_update(args, run, first, held_out, mask)
+    return coupling_report.summarize(found["plain"], share, held_out, draws=50), found, held_out
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.95])
+def test_leak_and_own_correction_of_a_log_linear_policy(rho):
+    """Closed form. With g = (1/N) sum A d log pi / d z_f per state, and two actions (d z_other = - d z_f):
+    d log pi(f|s') = (1 - q') 2 (g' + rho g). From f in s': g' = - r' q' (1-q')^2 / 2; from the other action
+    there, which is unflawed and competes: - r' q'^2 (1-q') / 2; from s: r q (1-q) / 2. (Each state has half
+    of the tokens.)"""
+    q, r, q_prime, r_prime = 0.25, 0.5, 0.125, 0.75
+    rows, found, held_out = two_states(rho, q, r, q_prime, r_prime)
+    from_s, from_other = r * q * (1 - q) / 2, -r_prime * q_prime**2 * (1 - q_prime) / 2
+    from_flaw = -r_prime * q_prime * (1 - q_prime)**2 / 2
+    row, other = rows["inadmissible"], 2 * (1 - q_prime)
+    assert row["leak"] == pytest.approx(other * (rho * from_s + from_other), rel=0.01)
+    assert row["own"] == pytest.approx(other * from_flaw, rel=0.01)
+    assert row["steps"] == 1 and rows["flawed"]["leak"] == row["leak"]
+    # leak + own is what the argument calls the net push, times (1 - q') from logit to log-probability
+    push = toy_bandit.net_push(rho, q_prime, r_prime, q, r)
+    assert row["net"] == pytest.approx((1 - q_prime) * push, rel=0.01)
+    # what it does to good actions: those held out are 2 f and 6 others in s, 7 others in s'
+    push, push_prime = 2 * (from_s + rho * from_other), 2 * (rho * from_s + from_other)
+    good = (2 * (1 - q) * push - 6 * q * push - 7 * q_prime * push_prime) / 15
+    assert rows["good"]["leak"] == pytest.approx(good, rel=0.01, abs=1e-4)
+    # the blocks: each is half of s and half of s', by the order of the groups
+    change = found["plain"]["change"]
+    assert change.shape == (2, 2, 16) and torch.allclose(change[:, 0], change[:, 1], rtol=0.02, atol=1e-4)
+
+
+def test_the_ratio_crosses_one_at_the_edge_of_the_danger_zone():
+    """A coupled policy is in the zone, an uncoupled one is not, and the edge is where theory has it."""
+    q, r, q_prime, r_prime = 0.25, 0.5, 0.125, 0.5
+    edge = toy_bandit.danger_edge(q_prime, r_prime, q, r)
+    assert 0.3 < edge < 0.9
+    at = {rho: two_states(rho, q, r, q_prime, r_prime)[0]["inadmissible"] for rho in (0.0, edge, 0.95)}
+    assert at[edge]["ratio"] == pytest.approx(1.0, abs=0.01)
+    assert at[0.95]["ratio"] > 1.2 and at[0.95]["net"] > 0
+    assert at[0.0]["ratio"] < 0 and at[0.0]["net"] < at[0.0]["own"] < 0  # what else rises corrects, too
+
+
+# ------------------------------------------------------------------------------ against a real optimizer step
+
+def split(model, chat, episodes, v=None, step=1e-3, blocks=2):
+    """The first two groups give the gradients, the third is held out."""
+    args = SimpleNamespace(**ARGS, advantage="std", blocks=blocks, step=step)
+    run = coupling_run.as_run(args, model, None)
+    halves = [[e for e in episodes if (e.group < 2) == here] for here in (True, False)]
+    (first, _), (held_out, mask) = (coupling_run.prepare(args, chat, half) for half in halves)
+    if v == "estimate":
+        v = coupling.second_moments(args, run, [first, held_out])
+    found, _ = coupling.split_update(args, run, first, held_out, mask, v)
+    return found, args, run, first, held_out, mask, v
+
+
+def check_against_step(model, optimizer, found, args, run, first, held_out, mask, rate):
+    """A real step on the undivided loss changes every held-out action by rate * (leak + own)."""
+    before = coupling.action_logprobs(args, run, held_out, mask)
+    weights = [p.detach().clone() for p in model.parameters()]
+    batch = helpers.make_batch(first.episodes, helpers.advantages_of(first.episodes))
+    helpers.update(model, None, optimizer, batch, max_norm=1e9)
+    change = (coupling.action_logprobs(args, run, held_out, mask) - before) / rate
+    for p, w in zip(model.parameters(), weights):
+        p.data.copy_(w)
+    parts = found["change"].sum((0, 1))
+    assert change.abs().max() > 0
+    assert (parts - change).abs().max() < 0.03 * change.abs().max()
+    assert (parts - found["whole"]).abs().max() < 0.03 * change.abs().max()
+    assert found["change"].abs().sum(1).max() > 0.2 * change.abs().max()  # neither part is nothing
+    assert found["change"].sum(1).abs().amin(0).max() > 0
+
+
+def test_leak_and_own_add_up_to_a_real_sgd_step(model, chat, episodes):
+    found, args, run, first, held_out, mask, _ = split(model, chat, episodes)
+    weights = [p.detach().clone() for p in model.parameters()]
+    rate = 1e-5 * coupling.norm(model.parameters()) / coupling.norm(coupling.ascent(args, run, first))
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    check_against_step(model, optimizer, found["plain"], args, run, first, held_out, mask, rate)
+    again = split(model, chat, episodes)[0]["plain"]["change"]
+    assert torch.equal(again, found["plain"]["change"])  # nothing was moved for good
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights))
+
+
+def test_and_through_adam_to_a_real_adam_step(model, chat, episodes):
+    """Adam without momentum, with the same second moments in its state and all but frozen."""
+    found, args, run, first, held_out, mask, v = split(model, chat, episodes, "estimate")
+    G = coupling.ascent(args, run, first)
+    direction = [g / (moment.sqrt() + 1e-8) for g, moment in zip(G, v)]
+    rate = 1e-5 * coupling.norm(model.parameters()) / coupling.norm(direction)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.0, 1 - 1e-6))
+    for p, moment in zip(model.parameters(), v):
+        optimizer.state[p] = {"step": torch.tensor(1e9), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": moment.clone()}
+    check_against_step(model, optimizer, found["adam"], args, run, first, held_out, mask, rate)
+    adam, plain = (found[rule]["whole"] / found[rule]["whole"].norm() for rule in ("adam", "plain"))
+    assert (adam - plain).norm() > 0.1  # it is another direction
+
+
+def test_second_moments_of_a_checkpoint_lose_their_bias(model, tmp_path):
+    """Under a constant gradient g the estimate is g^2, however few steps were made."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **coupling_run.ADAMW)
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.3)
+        optimizer.step()
+    torch.save({"optimizer": optimizer.state_dict()}, tmp_path / "trainer.pt")
+    v = coupling_run.checkpoint_moments(str(tmp_path), model)
+    assert all(torch.allclose(m, torch.full_like(m, 0.09)) for m in v)
+    assert coupling_run.checkpoint_moments(str(tmp_path / "nowhere"), model) is None
+    assert coupling_run.checkpoint_moments(str(tmp_path), torch.nn.Linear(2, 2)) is None  # of another model
+    (tmp_path / "trainer.pt").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="cannot be read"):
+        coupling_run.checkpoint_moments(str(tmp_path), model)
+
+
+def test_only_the_tokens_between_the_tags_count(chat):
+    encode = lambda text: chat.tokenizer.encode(text, add_special_tokens=False) + [chat.eos]
+    for command in ("go to cabinet 1", "take mug 12 from plate 2"):
+        ids = encode(f"<think>it is here</think><action>{command}</action>")
+        mask = coupling_run.content(chat, ids)
+        assert chat.tokenizer.decode([t for t, kept in zip(ids, mask) if kept]) == command
+    assert coupling_run.content(chat, encode("look")) == [True] * (len(encode("look")) - 1) + [False]
+    both = encode("<action>look</action><action>look</action>")
+    assert coupling_run.content(chat, both) == [True] * (len(both) - 1) + [False]
+
+
+# --------------------------------------------------------------------------------------------- the intervals
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """Leak and own vary from block to block and from game to game: intervals over the held-out games alone
+    miss the truth far too often."""
+    rng, inside, games, blocks = numpy.random.default_rng(0), {"both": 0, "games": 0}, 16, 8
+    step = Step(0, 0, "look", inadmissible=True)
+    number, flawed = torch.arange(games), torch.ones(games, dtype=torch.bool)
+    held_out = SimpleNamespace(episodes=[SimpleNamespace(steps=[step])] * games, group=number,
+                               episode_of_step=number, flawed=flawed)
+    for trial in range(200):
+        block, game = rng.normal(0, 1, (2, blocks, 1)), rng.normal(0, 1, (2, 1, games))
+        change = (numpy.array([1.0, -1.0])[:, None, None] + block + game * 0.7) / blocks  # truth: +1 and -1
+        found = {"change": torch.tensor(change), "whole": torch.zeros(games, dtype=torch.float64)}
+        rows = coupling_report.summarize(found, [1 / blocks] * blocks, held_out, draws=300, seed=trial)
+        row = rows["inadmissible"]
+        inside["both"] += row["leak_low"] < 1.0 < row["leak_high"]
+        mean = change.sum(1)[0]  # what resampling the held-out games alone would say
+        half = 1.96 * mean.std(ddof=1) / math.sqrt(games)
+        inside["games"] += abs(mean.mean() - 1.0) < half
+    assert 0.88 <= inside["both"] / 200 <= 0.99 and inside["games"] / 200 < 0.8
+
+
+def test_no_ratio_where_nothing_corrects():
+    values = coupling_report.quantities(numpy.array([0.2, 0.2]), numpy.array([-0.1, 0.1]))["ratio"]
+    assert values[0] == pytest.approx(2.0) and math.isnan(values[1])
+    assert coupling_report.interval(numpy.array([1.0] * 90 + [numpy.nan] * 10)) == (None, None)
+
+
+# ------------------------------------------------------------------------------------------------- the kernel
+
+@pytest.fixture
+def seen(chat, pool):
+    games = [levels.generated_game("valid_unseen", seed) for seed in range(12)]
+    return probes.encode(probes.make_probes(games, pool, 15, count=16), chat)
+
+
+def test_kernel_is_the_change_along_another_probes_gradient(model, seen):
+    """K(x, x') = d/d eps log pi(x; theta + eps grad log pi(x')), by central differences of the logits."""
+    grams = coupling.probe_kernel(model, seen[:4])
+    assert set(grams) == {"all", "embeddings", "layer 1", "layer 2", "output layer"}
+    assert torch.allclose(grams["all"], sum(gram for name, gram in grams.items() if name != "all"))
+
+    def logprob(probe):
+        logits = torch.log_softmax(model(input_ids=torch.tensor([probe.tokens])).logits[0].double(), -1)
+        return sum(logits[t - 1, probe.tokens[t]] for t, counts in enumerate(probe.mask) if counts)
+
+    head = list(model.lm_head.parameters()) + list(model.model.norm.parameters())
+    for block, moved in (("all", list(model.parameters())), ("output layer", head)):
+        for j in range(4):
+            g = torch.autograd.grad(logprob(seen[j]), moved)
+            weights, found, eps = [p.detach().clone() for p in moved], {}, 1e-3 / coupling.norm(g)
+            for sign in (1, -1):
+                for p, w, d in zip(moved, weights, g):
+                    p.data.copy_(w + sign * eps * d)
+                with torch.no_grad():
+                    found[sign] = torch.stack([logprob(probe) for probe in seen[:4]])
+            for p, w in zip(moved, weights):
+                p.data.copy_(w)
+            expected = (found[1] - found[-1]) / (2 * eps)
+            largest = grams[block].abs().max().item()
+            assert torch.allclose(grams[block][:, j], expected, rtol=0.03, atol=0.01 * largest)
+
+
+def test_a_sketch_errs_by_as_much_as_it_says(model, seen):
+    """A cosine by 1 / sqrt(buckets of the block), without bias; another seed is another sketch."""
+    exact, bound = coupling.probe_kernel(model, seen), 1 / math.sqrt(2**12 / 4)  # of four blocks
+    sketches = [coupling.probe_kernel(model, seen, exact=0, buckets=2**12, seed=seed) for seed in range(4)]
+    upper = numpy.triu_indices(len(seen), 1)
+    cosines = lambda gram: probes.cosine(gram.numpy())[upper]
+    for block in ("layer 1", "all"):
+        errors = [cosines(sketch[block]) - cosines(exact[block]) for sketch in sketches]
+        assert 0.1 * bound < numpy.std(errors) < 1.5 * bound
+        assert abs(numpy.mean(errors)) < bound / 4 and not numpy.allclose(errors[0], errors[1])
+
+
+def test_parameter_blocks_hold_every_parameter_once(model):
+    for most, names in ((8, ["embeddings", "layer 1", "layer 2", "output layer"]),
+                        (3, ["embeddings", "layers 1-2", "output layer"])):
+        blocks = coupling.parameter_blocks(model, most)
+        assert list(blocks) == names
+        members = sorted(i for numbers in blocks.values() for i in numbers)
+        assert members == list(range(len(list(model.parameters()))))
+
+
+def test_pair_groups_by_hand():
+    make = lambda action, flawed, game, kind="look": probes.Probe([], [], action, flawed, game, kind)
+    a = [make("go", False, "1"), make("go", True, "1"), make("go", True, "2"), make("go", False, "3", "heat"),
+         make("look", True, "1")]
+    pairs = {name: set(map(tuple, numpy.argwhere(m).tolist())) for name, m in probes.pair_groups(a).items()}
+    assert pairs["A"] == {(0, 2), (1, 3), (2, 3)}   # (0, 1) is one game
+    assert pairs["B"] == {(0, 3)} and pairs["C"] == {(0, 4), (1, 4)}
+    assert pairs["D"] == {(0, 3), (1, 3), (2, 3)} and len(pairs["E"]) == 10
+    gram = numpy.eye(5)
+    gram[0, 2] = gram[2, 0] = 0.6
+    assert probes.group_cosines(gram, a, draws=10)["A"]["cosine"] == pytest.approx(0.2)
+
+
+def test_probes_are_what_the_judge_says_and_the_same_again(chat, pool, tmp_path):
+    games = [levels.generated_game("valid_unseen", seed) for seed in range(12)]
+    made = probes.make_probes(games, pool, 15, count=16)
+    assert made == probes.make_probes(games, pool, 15, count=16)
+    seen = probes.encode(made, chat)
+    assert len(seen) == 16 and sum(p.flawed for p in seen) == 8
+    turns = {game.name: turns for game, turns, _ in play_expert(games, pool, 15, sloppy=0.5)}
+    for episode in made:
+        for i, flaws in episode["probes"].items():
+            _, command, before, after = turns[episode["game"]][int(i)]
+            assert ("inadmissible" in flaws) == (not after.accepted)
+            assert episode["turns"][int(i)][1] == command
+    for probe in seen:
+        assert chat.tokenizer.decode([t for t, kept in zip(probe.tokens, probe.mask) if kept]) == probe.action
+        others = [p for p in probes.encode(made, chat) if p.action == probe.action]
+        assert probe.tokens[-1] == chat.eos and not probe.mask[-1] and others
+
+
+# ----------------------------------------------------------------------------------------------- the command
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["coupling.py", *map(str, arguments)])
+    coupling.main()
+
+
+TINY = os.path.join(os.path.dirname(coupling.__file__), "policies", "tiny")
+SMALL = ("--games", "generated", "--episodes", 32, "--blocks", 2, "--workers", 1)
+
+
+def test_the_command_pairs_models_and_keeps_held_out_games_out(monkeypatch, tmp_path, capsys):
+    """A model and its copy: the same games, samples and numbers. No game on both sides, all for training."""
+    copy = shutil.copytree(TINY, tmp_path / "copy")
+    file = tmp_path / "probes.jsonl"
+    command(monkeypatch, "--model", TINY, "--model", copy, "--probes", file, "--probe-count", 12, "--no-adam",
+            "--out", tmp_path / "out", *SMALL)
+    a, b = [json.loads(line) for line in open(tmp_path / "out" / "results.jsonl")]
+    assert a["games"] == b["games"] and a["plain"] == b["plain"] and a["plain"]["flawed"]["own"] != 0
+    first, held_out = map(set, a["games"])
+    assert len(first) == len(held_out) == 2 and not first & held_out
+    assert all("train" in name for name in first | held_out)
+    printed = capsys.readouterr().out
+    assert printed.count("additivity") == 2 and "paired by draw" in printed
+    assert "same action, good and flawed" in printed
+    assert {"danger_zone.png", "kernel.png"} <= set(os.listdir(tmp_path / "out"))
+    assert max(cell["additivity"] for cell in a["plain"].values()) < 0.05
+    before = file.read_text()
+    assert all("valid_unseen" in json.loads(line)["game"] for line in before.splitlines())
+
+
+def test_draws_share_no_game(monkeypatch):
+    args = SimpleNamespace(model=[TINY], games="generated", env="alfworld", level="L1", task_types=None,
+                           max_steps=None, device="cpu", draws=5, episodes=256, group_size=8, seed=0)
+    games = coupling_run.choose_games(args)
+    assert len({g.name for g in games}) == len(games) == 5 * 32 and args.max_steps == 20
+    args.env, args.model, args.draws = "scienceworld", [TINY + "-scienceworld"], 50
+    args.games = "auto"
+    with pytest.raises(ValueError, match="fewer --draws"):
+        coupling_run.choose_games(args)
+
+
+@pytest.mark.parametrize("arguments, line", [
+    (("--model", "no/such/folder"), "not a checkpoint"),
+    (("--model", TINY, "--episodes", "100"), "--episodes 100"),
+    (("--model", TINY, "--blocks", "1"), "--blocks"),
+    (("--model", TINY, "--model", TINY), "twice"),
+    (("--model", TINY, "--out", os.path.join(TINY, "config.json")), "config.json"),
+    (("--model", TINY, "--probes", os.path.join(TINY, "config.json"), *SMALL), "not a file of probes"),
+    (("--model", TINY, "--temperature", "0", *SMALL), "--temperature"),
+])
+def test_bad_input_gets_one_clear_line(monkeypatch, capsys, tmp_path, arguments, line):
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, "--out", tmp_path / "out", *arguments)
+    said = capsys.readouterr().err.splitlines()[-1] if stopped.value.code == 2 else str(stopped.value)
+    assert line in said and said.startswith("coupling.py: ") and "\n" not in said.strip()
