@@ -32,6 +32,8 @@ class LogLinear(torch.nn.Module):
     """Two states whose features have the cosine rho, two actions, logits W phi(state), as in toy_bandit.py,
     part 3. A transformer to whoever calls it as actor.forward does; W is all it can learn."""
 
+    config = SimpleNamespace(get_text_config=SimpleNamespace)  # with nothing after the output layer
+
     def __init__(self, rho, q, q_prime):
         super().__init__()
         self.features = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [rho, math.sqrt(1 - rho**2)]])
