@@ -14,5 +14,7 @@ logs.py curves.py  what a run logs; curves.png from it
 demonstrations.py  what experts do as training data, or as a chat dataset
 tags.py            RLVMR's tags for what experts do
 toy_figures.py     the four figures of toy_bandit.py
+coupling_run.py    coupling.py's flags and episodes; coupling_report.py its tables, coupling_figures.py its pictures,
+                   probes.py its probe set and kernel
 bench.py           speeds as ratios: python -m support.bench
 """
