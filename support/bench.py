@@ -137,7 +137,7 @@ def bench_scienceworld(steps=15):
     """Steps per second of one environment against the stock package, on the gold paths of a game of each task."""
     from games import levels
     from games.pool import make_world
-    from scienceworld_engine import SAME_ORDER, find_java
+    from games.scienceworld import SAME_ORDER, find_java
     os.environ["PATH"] += os.pathsep + os.path.dirname(find_java())  # the stock package wants `java` there
     os.environ["JAVA_TOOL_OPTIONS"] = " ".join(SAME_ORDER)  # lists in the same order, so that transcripts can be compared
     from scienceworld import ScienceWorldEnv
