@@ -97,8 +97,8 @@ def cold_start(model, episodes, epochs=1, batch=64, lr=2e-3, lm_coef=0.1, seed=0
             expert_loss = -logprobs[kind[wanted] == 2].mean()
             given_loss = -logprobs[kind[wanted] == 1].mean() if lm_coef else torch.zeros_like(expert_loss)
             rate = lr * min((done + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * min(1.0, done / max(1, total))))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for part in optimizer.param_groups:
+                part["lr"] = rate
             optimizer.zero_grad()
             (expert_loss + lm_coef * given_loss).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
