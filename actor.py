@@ -88,40 +88,6 @@ def forward(model, sequences, sampled, temperature=1.0, branches=None, value_hea
     return out
 
 
-def token_logprobs(hidden, head, targets, temperature=1.0, max_logits=2**24, entropy_grad=False):
-    """Log-probabilities of `targets` and entropies under softmax(head(hidden) / temperature), in float32.
-
-    Never all logits at once: a vocabulary of 150,000 and 30,000 sampled tokens make 18 GB of them, and as
-        much again for
-    the gradient. Only one number per token is wanted, so tokens go through the output layer in chunks, whose
-    logits are computed again in the backward pass (Chen et al. 2016, "Training deep nets with sublinear
-    memory cost").
-
-    Args:
-        hidden: (N, D), any dtype: the hidden states that predict the targets (one position to their left).
-        head: the output layer, (n, D) -> (n, V).
-        targets: (N,) long.
-        max_logits: how many logits may exist at a time: 2**24 are 64 MB of float32, and four times that in
-            passing.
-        entropy_grad: entropies with gradient, for losses on them; else they are only there to be looked at.
-    Returns: (N,) log-probabilities with gradient, (N,) entropies in nats.
-    """
-    rows = max(1, max_logits // head.weight.shape[0])
-
-    def chunk_logprobs(hidden, targets):
-        logits = head(hidden).float() / temperature                                             # (n, V)
-        normalizer = logits.logsumexp(-1)                                                       # (n,)
-        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):  # H = log Z - sum_v p_v z_v
-            entropy = normalizer - (torch.softmax(logits, -1) * logits).sum(-1)
-        return logits.gather(1, targets[:, None])[:, 0] - normalizer, entropy
-
-    if len(hidden) <= rows:
-        return chunk_logprobs(hidden, targets)
-    parts = [checkpoint(chunk_logprobs, h, t, use_reentrant=False)
-             for h, t in zip(hidden.split(rows), targets.split(rows))]
-    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
-
-
 def pack_branches(sequences, branches, pad=0):
     """Episodes with questions about their steps in one batch: the prefix is computed once, each question is a
     branch.
@@ -165,6 +131,41 @@ def pack_branches(sequences, branches, pad=0):
     trunk = (segment == 0)[:, None, :] & (column < limit[:, :, None])                          # (B, T, T)
     own = segment[:, :, None] == segment[:, None, :]                                           # (B, T, T)
     return tokens, positions, (causal & (trunk | own))[:, None], starts
+
+
+# -------------------------------------------- not the method: memory, and what models do in ways of their own
+
+def token_logprobs(hidden, head, targets, temperature=1.0, max_logits=2**24, entropy_grad=False):
+    """Log-probabilities of `targets` and entropies under softmax(head(hidden) / temperature), in float32.
+
+    Never all logits at once: a vocabulary of 150,000 and 30,000 sampled tokens make 18 GB of them, and as
+    much again for the gradient. Only one number per token is wanted, so tokens go through the output layer in
+    chunks, whose logits are computed again in the backward pass (Chen et al. 2016, "Training deep nets with
+    sublinear memory cost").
+
+    Args:
+        hidden: (N, D), any dtype: the hidden states that predict the targets (one position to their left).
+        head: the output layer, (n, D) -> (n, V).
+        targets: (N,) long.
+        max_logits: how many logits may exist at a time: 2**24 are 64 MB of float32, and four times that in
+            passing.
+        entropy_grad: entropies with gradient, for losses on them; else they are only there to be looked at.
+    Returns: (N,) log-probabilities with gradient, (N,) entropies in nats.
+    """
+    rows = max(1, max_logits // head.weight.shape[0])
+
+    def chunk_logprobs(hidden, targets):
+        logits = head(hidden).float() / temperature                                             # (n, V)
+        normalizer = logits.logsumexp(-1)                                                       # (n,)
+        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):  # H = log Z - sum_v p_v z_v
+            entropy = normalizer - (torch.softmax(logits, -1) * logits).sum(-1)
+        return logits.gather(1, targets[:, None])[:, 0] - normalizer, entropy
+
+    if len(hidden) <= rows:
+        return chunk_logprobs(hidden, targets)
+    parts = [checkpoint(chunk_logprobs, h, t, use_reentrant=False)
+             for h, t in zip(hidden.split(rows), targets.split(rows))]
+    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
 
 
 def output_logits(model, hidden):

@@ -38,18 +38,6 @@ def flaw_labels(flawed):
     return torch.where(flawed, BAD, GOOD)
 
 
-def rule_labels(won, flawed):
-    """(S,) bool, (S,) bool -> labels (`--labels rules`): bad if flawed, *also inside a won episode*, where
-    the outcome praises it; good if unflawed in a won one; unflawed in a lost one is left out (who knows?)."""
-    return torch.where(flawed, BAD, torch.where(won, GOOD, LEFT_OUT))
-
-
-def outcome_labels(advantages):
-    """(S,) float -> labels by the sign of the advantage (`--labels outcome`); left out at 0. The outcome,
-    undisguised."""
-    return torch.where(advantages > 0, GOOD, torch.where(advantages < 0, BAD, LEFT_OUT))
-
-
 def cells(labels, won=None):
     """The (good, bad) masks, (S,) bool each, of every outcome in which both classes occur; one pair if `won`
     is None.
@@ -98,3 +86,17 @@ def value_head_loss(values, labels, weights):
     up."""
     losses = F.binary_cross_entropy_with_logits(values, (labels == GOOD).to(values.dtype), reduction="none")
     return (weights * losses).sum()
+
+
+# ----------------------------------------------------------------------------------- other labels, to compare
+
+def rule_labels(won, flawed):
+    """(S,) bool, (S,) bool -> labels (`--labels rules`): bad if flawed, *also inside a won episode*, where
+    the outcome praises it; good if unflawed in a won one; unflawed in a lost one is left out (who knows?)."""
+    return torch.where(flawed, BAD, torch.where(won, GOOD, LEFT_OUT))
+
+
+def outcome_labels(advantages):
+    """(S,) float -> labels by the sign of the advantage (`--labels outcome`); left out at 0. The outcome,
+    undisguised."""
+    return torch.where(advantages > 0, GOOD, torch.where(advantages < 0, BAD, LEFT_OUT))

@@ -87,20 +87,6 @@ def k3(logprobs, ref_logprobs, limit=5.0):
     return torch.exp(near) - near - 1.0 + (d - near) * (math.exp(limit) - 1.0)
 
 
-def truncated_importance(trainer_logprobs, sampler_logprobs, clip):
-    """min(pi_trainer / pi_sampler, clip) per token, without gradient (Yao et al. 2025, "truncated importance
-    sampling").
-
-    An engine such as vLLM samples from a slightly different distribution than the trainer computes, with the
-    very same weights. This weight turns the mean over its samples into one over the trainer's; the clip
-    bounds the variance.
-
-    >>> truncated_importance(torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.0, -2.0, -2.0]), 2.0)
-    tensor([1.0000, 2.0000, 0.3679])
-    """
-    return torch.exp(trainer_logprobs - sampler_logprobs).clamp(max=clip).detach()
-
-
 def grpo_loss(logprobs, old_logprobs, advantages, weights, clip=0.2, ref_logprobs=None, kl_coef=0.0,
               importance=None):
     """The clipped surrogate with KL penalty, eqs. (2)-(4).
@@ -133,3 +119,19 @@ def grpo_loss(logprobs, old_logprobs, advantages, weights, clip=0.2, ref_logprob
         loss = loss + kl_coef * kl
         stats["kl"] = kl.detach()
     return loss, stats
+
+
+# ------------------------------------------------------------- only where another engine than PyTorch samples
+
+def truncated_importance(trainer_logprobs, sampler_logprobs, clip):
+    """min(pi_trainer / pi_sampler, clip) per token, without gradient (Yao et al. 2025, "truncated importance
+    sampling").
+
+    An engine such as vLLM samples from a slightly different distribution than the trainer computes, with the
+    very same weights. This weight turns the mean over its samples into one over the trainer's; the clip
+    bounds the variance.
+
+    >>> truncated_importance(torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.0, -2.0, -2.0]), 2.0)
+    tensor([1.0000, 2.0000, 0.3679])
+    """
+    return torch.exp(trainer_logprobs - sampler_logprobs).clamp(max=clip).detach()

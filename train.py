@@ -28,7 +28,6 @@ Departures from the paper: a tiny policy by default (see cold_start.py), and wha
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -48,7 +47,8 @@ from support.policies import sync
 from support.processes import add_up, clip_gradients, is_sharded, own_share
 from support.run import (collect_episodes, compare_engine, finish_iteration, gradient_norms_apart, prepare,
                          score, set_rate, smooth_entropy, step_if_finite)
-from support.setup import check, setup
+from support.setup import settled, setup
+
 
 def train(args, run):
     """The method. Shapes: E episodes, S steps, N sampled tokens, in groups of G episodes of one game."""
@@ -58,7 +58,8 @@ def train(args, run):
         seed, clock = args.seed * 1_000_003 + iteration, time.perf_counter()
         set_rate(run.optimizer, args, iteration)
 
-        # 1. Rollout: every game is played G times from the same initial state by the current policy.
+        # 1. Rollout: every game is played G times from the same initial state by the current policy. Episodes
+        #    of another game, or from another state, would be no baseline for one another.
         games = levels.sample_games(run.games, args.tasks, seed)
         episodes, report = collect_episodes(run, games, seed)
         batch, played = lay_out(episodes), time.perf_counter()  # flat tensors, laid end to end
@@ -68,7 +69,9 @@ def train(args, run):
         outcome, signal = group_advantages(batch.reward, batch.group, args.advantage == "std")  # (E,)   eq. 1
         batch.advantages = outcome[batch.episode_of_step]                                       # (S,)
 
-        # 3. Labels: which single steps were good and which bad, whatever became of the episode.
+        # 3. Labels: which single steps were good and which bad, whatever became of the episode. They are
+        #    information that GRPO alone does not have: the fair comparison is --credit adca, which puts the
+        #    same labels into the advantage.
         batch.labels = batch.true_labels = LABELS[args.labels](batch, run)                      # (S,)
         batch.labels = CONTROLS[args.control](batch, seed)  # unchanged, but for a control of an experiment
 
@@ -81,7 +84,8 @@ def train(args, run):
         batches = [weigh(args, batch.part(share), seed + i) for i, share in enumerate(shares)]
         gaps = [score(run, part) for part in batches]
 
-        # 6. Gradients of the loss, clipped; a step. Every group is used once.
+        # 6. Gradients of the loss, clipped; a step. Every group is used once: more epochs over the same
+        #    episodes would move the policy away from the one whose advantages these are.
         sums = []
         for part in batches:
             measured = not sums and iteration % args.norms_every == 1 % args.norms_every
@@ -91,7 +95,7 @@ def train(args, run):
             compare_engine(run, gaps, sums)  # did the engine sample from the policy that we train?
             sums[-1]["grad_norm"] = clip_gradients(parameters, args.max_norm)
             step_if_finite(run, part, sums[-1])
-        sync(run.engine, run.model)
+        sync(run.engine, run.model)  # the next episodes are sampled from the new policy
 
         # 7. Log, save, evaluate at the end.
         now = time.perf_counter()
@@ -123,12 +127,14 @@ def gradients(args, run, batch, grpo_coef=1.0, classifier_coef=None):
     of the loss, KL, entropy, how many verdicts were right.
     """
     coef = args.classifier_coef if classifier_coef is None else classifier_coef                 # lambda
-    run.model.train()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.model.train()  # for gradient checkpointing; there is no dropout, it would be another policy's loss
+    run.optimizer.zero_grad(set_to_none=True)  # what measurements before this step have left
     device, tally = next(run.model.parameters()).device, Tally()
     micros = micro_batches(batch.episodes, args.micro_tokens)
     for micro, ours in own_share(micros, run.shared, even=is_sharded(run.model)):
-        part = batch.part(micro, device)  # its slices: (s,) per step, (n,) per sampled token
+        # Its slices of the batch, (s,) per step, (n,) per sampled token. All weights were computed over the
+        # whole batch, so the parts' losses add up, and memory alone decides on the size of a micro-batch.
+        part = batch.part(micro, device)
         out = forward(run.model, part.sequences, part.sampled, args.temperature,
                       branches=part.branches(run.question), value_head=run.value_head,
                       action_ends=part.action_ends, head_layer=args.head_layer, entropy_grad=args.epo > 0)
@@ -141,7 +147,8 @@ def gradients(args, run, batch, grpo_coef=1.0, classifier_coef=None):
             ref_logprobs=part.ref_logprobs, kl_coef=args.kl_coef, importance=part.importance)
         smooth, parts["turn_entropy"] = smooth_entropy(run, out["entropy"], part, turns=len(batch.labels))
         loss = grpo_coef * (loss + smooth)  # smooth: 0 but for --epo
-        # The gradient of both forms goes through the hidden states into the trunk that chooses the actions.
+        # The gradient of both forms goes through the hidden states into the trunk that chooses the actions:
+        # to answer, it must represent an action where it is right apart from the same one where it is wrong.
         if "verdicts" in out:
             asked, says_good = part.question_weights > 0, run.question.says_good(out["verdict_logits"])
             parts["generative_loss"] = generative_loss(out["verdicts"], part.question_weights[asked])   # 5a
@@ -151,7 +158,7 @@ def gradients(args, run, batch, grpo_coef=1.0, classifier_coef=None):
             parts["value_loss"] = value_head_loss(out["values"], part.labels, part.value_weights)       # 5b
             loss = loss + coef * parts["value_loss"]
             tally.judge("value", out["values"] > 0, part.labels, part.won)
-        loss.backward()
+        loss.backward()  # adds to the gradients of the micro-batches before
         tally.add(parts, loss=loss, entropy=(part.token_weights * out["entropy"]).sum(),
                   gap=(part.token_weights * (out["logprobs"] - part.old_logprobs).abs()).sum())
     parameters = [p for part in run.optimizer.param_groups for p in part["params"]]
@@ -161,6 +168,7 @@ def gradients(args, run, batch, grpo_coef=1.0, classifier_coef=None):
 # ------------------------------------------------------------------------------------------------------- main
 
 def main():
+    # What a user can cause ends in one line that says what to do; a traceback is a bug of ours.
     args = parse_arguments()
     try:
         run = setup(args)
@@ -192,101 +200,84 @@ def parse_arguments():
     flag("--level", default="L1", choices=levels.LEVELS, help="what is trained and tested: games/levels.py")
     flag("--games", default="auto", choices=["auto", "official", "generated"],
          help="ALFWorld's; auto: official where their data is found")
-    flag("--task-types", nargs="+", help="train on these only: ALFWorld 1-6, ScienceWorld's names, or "
-         "`short` (its default with --model tiny)")
-    flag("--max-steps", type=int, help="steps per episode (default 20 on generated games, 50 on official "
-         "ones; ScienceWorld: by its tasks)")
-    flag("--reward", default="score", choices=["score", "success"], help="ScienceWorld's: score / 100, or 1 "
-         "for 100")
+    flag("--task-types", nargs="+", help="only these: ALFWorld 1-6, ScienceWorld's names, or `short`")
+    flag("--max-steps", type=int, help="per episode (default 20, official games 50, ScienceWorld: by task)")
+    flag("--reward", default="score", choices=["score", "success"], help="ScienceWorld's: score / 100 or won")
+
     flag = parser.add_argument_group("who plays").add_argument
+    # The tiny policy starts inside the danger zone: it has learnt from a careless expert (cold_start.py).
     flag("--model", default="tiny", help="`tiny`, or any Hugging Face folder or hub name")
-    flag("--cold-start", default="auto", choices=["auto", "train", "none"], help="for --model tiny. auto: "
-         "the policy in policies/tiny, on official games trained on with their expert; train: train one now; "
-         "none: random weights. What is trained is cached in policies/")
-    flag("--cold-start-episodes", type=int, default=1500, help="expert games where a cold start is trained")
+    flag("--cold-start", default="auto", choices=["auto", "train", "none"],
+         help="of `tiny`; auto: policies/tiny, trained on for official games; none: random weights")
+    flag("--cold-start-episodes", type=int, default=1500, help="expert games, where one is trained")
     flag("--engine", default="auto", choices=["auto", "torch", "vllm"],
          help="who samples; auto: vLLM where it is installed and there is a GPU")
     flag("--engine-memory", type=float, default=0.4, help="share of the GPU's memory for vLLM")
-    flag("--engine-gap", type=float, default=0.1, help="stop where the engine's log-probabilities are "
-         "further than this from the trainer's, in nats per token on average: its weights are stale, or its "
-         "arithmetic is another")
+    # An engine with stale weights or other arithmetic samples from another policy than the one that is
+    # trained, and nothing else would say so: better no run than a wrong one.
+    flag("--engine-gap", type=float, default=0.1, help="stop beyond: nats/token between engine and trainer")
     flag("--tensor-parallel", type=int, default=1, help="GPUs that vLLM spreads the model over")
     flag("--tis-clip", type=float, default=2.0, help="vLLM: largest importance weight against the trainer")
-    flag("--lora-rank", type=int, default=0, help="train low-rank additions of this rank (peft); 0: all "
-         "weights")
+    flag("--lora-rank", type=int, default=0, help="train additions of this rank (peft); 0: all weights")
+    # Weights and updates stay in float32 (bfloat16 would round a rate of 1e-6 away), frozen ones do not.
     flag("--precision", default="auto", choices=["auto", "float32", "bfloat16"],
-         help="of the matrix products; weights and their updates stay in float32, frozen weights under LoRA "
-         "do not. auto: bfloat16 on a GPU")
+         help="of the matrix products; auto: bfloat16 on a GPU")
     flag("--shard", action="store_true", help="spread the weights over all processes (FSDP)")
     flag("--gradient-checkpointing", action="store_true", help="compute activations again: less memory")
     flag("--show-actions", action="store_true", help="name the admissible commands in every observation")
+    # Greedy episodes of a group would all be the same: no variance, no advantage, no signal.
     flag("--temperature", type=float, default=1.0, help="of sampling; the trainer scores with the same")
-    flag("--max-new-tokens", type=int, help="per answer (default 24 for our tiny policies, 512 for others)")
-    flag("--max-context", type=int, help="tokens; an episode that would grow longer ends there (default "
-         "2048, others 8192)")
+    flag("--max-new-tokens", type=int, help="per answer (default 24 for our tiny policies, others 512)")
+    flag("--max-context", type=int, help="tokens; a longer episode ends there (default 2048, others 8192)")
+
     flag = parser.add_argument_group("how it learns").add_argument
     flag("--iterations", type=int, help="rounds of playing and updating (default 32, ScienceWorld 10)")
     flag("--tasks", type=int, default=16, help="games per iteration")
+    # A larger group sees rare flaws more often, and its mean is a better baseline: (1 - 1/G) of the signal.
     flag("--group-size", type=int, default=8, help="episodes per game (G)")
-    flag("--updates", type=int, default=2, help="optimizer steps per iteration, each on its share of the "
-         "groups")
-    flag("--lr", type=float, help="peak rate of AdamW (default 5e-4 for our tiny policies, 1e-6 for others)")
-    flag("--warmup", type=int, default=3, help="iterations over which the rate rises: Adam's first steps are "
-         "noise")
-    flag("--lr-end", type=float, default=0.0, help="the rate falls to this share of its peak; 1 keeps it "
-         "constant")
-    flag("--clip", type=float, default=0.2, help="clip range of the ratio")
-    flag("--kl-coef", type=float, default=0.01, help="weight of the KL to the start; 0 saves its forward "
-         "pass")
-    flag("--credit", default="grpo", choices=list(CREDIT), help="from outcomes to advantages of single "
-         "steps: credit.py")
-    flag("--epo", type=float, default=0.0, help="weight of EPO's entropy smoothing (the paper's: 0.001); 0: "
-         "none")
-    flag("--advantage", default="std", choices=["std", "mean"], help="divide by the group's std, or only "
-         "subtract its mean")
-    flag("--weighting", default="token", choices=["token", "step", "episode"], help="what counts equally in "
-         "the loss")
+    flag("--updates", type=int, default=2, help="optimizer steps per iteration, each on groups of its own")
+    flag("--lr", type=float, help="peak rate of AdamW (default 5e-4 for our tiny policies, others 1e-6)")
+    # Adam's first steps have the same length whatever the gradient: without a slow start the very first one
+    # moved the policy by 3.5 nats. The fall to 0 lets the last iterate be the one that counts.
+    flag("--warmup", type=int, default=3, help="iterations over which the rate rises")
+    flag("--lr-end", type=float, default=0.0, help="the rate falls to this share of its peak; 1: constant")
+    flag("--clip", type=float, default=0.2, help="clip range of the ratio, eq. 3")
+    flag("--kl-coef", type=float, default=0.01, help="weight of the KL to the start; 0 saves a pass")
+    flag("--credit", default="grpo", choices=list(CREDIT), help="outcomes to advantages of steps: credit.py")
+    flag("--epo", type=float, default=0.0, help="weight of EPO's entropy smoothing (the paper's: 0.001)")
+    flag("--advantage", default="std", choices=["std", "mean"], help="divide by the group's std, or do not")
+    # Failures are long: per token they weigh more, per episode a long one is punished less for each step.
+    flag("--weighting", default="token", choices=["token", "step", "episode"], help="what counts equally")
     flag("--max-norm", type=float, default=1.0, help="gradient clipping")
-    flag("--micro-tokens", type=int, default=8192, help="padded tokens per forward pass: memory, never the "
-         "objective")
+    flag("--micro-tokens", type=int, default=8192, help="per forward pass: memory, never the objective")
+
     flag = parser.add_argument_group("the classifier").add_argument
-    flag("--classifier", default="value", choices=["none", "generative", "value", "both"],
-         help="form of L_cls")
+    flag("--classifier", default="value", choices=["none", "generative", "value", "both"], help="of L_cls")
+    # What counts beside GRPO's gradient is the ratio of the two norms (--norms-every), since Adam divides the
+    # common scale out. An untaught question at lambda = 0.3 had 40 times GRPO's norm and wiped a policy out.
     flag("--classifier-coef", type=float, default=0.3, help="lambda")
+    # `rules` leaves unflawed steps of lost episodes out, and so gives the outcome away; `flaws` does not.
     flag("--labels", default="flaws", choices=list(LABELS), help="good and bad steps: support/labels.py")
     flag("--critic-url", help="of the critic for --labels critic, up to /v1")
     flag("--critic-model", help="its name there")
-    flag("--head-lr", type=float, default=1e-3, help="peak rate of the value head, whatever the policy's is")
-    flag("--head-layer", type=int, default=-1, help="hidden state that the value head reads: 0 the "
-         "embeddings, 1 after the first layer, ..., -1 the last")
-    flag("--control", default="none", choices=list(CONTROLS), help="take something away from L_cls: "
-         "support/controls.py")
-    flag("--questions", type=int, default=3, help="steps that the generative classifier is asked about, per "
-         "episode of the batch")
-    flag("--warmup-updates", type=int, help="supervised updates on L_cls before RL, in every arm alike (also "
-         "with --classifier none), since a policy trained on games alone cannot answer the question (default "
-         "40 for our tiny policies, 0 for others)")
-    flag("--norms-every", type=int, default=8, help="iterations between measurements of the gradient norms "
-         "of L_GRPO and lambda L_cls apart (two more backward passes each)")
+    flag("--head-lr", type=float, default=1e-3, help="the value head's own: at 1e-6 it would never learn")
+    flag("--head-layer", type=int, default=-1, help="read by it: 0 embeddings, 1 first layer, ..., -1 last")
+    flag("--control", default="none", choices=list(CONTROLS), help="take from L_cls: support/controls.py")
+    flag("--questions", type=int, default=3, help="generative: asked per episode; each costs tokens")
+    # A policy trained on games alone cannot answer the question, and unlearns to play while it learns to.
+    # In every arm alike, also without a classifier: else an arm would be better for being trained longer.
+    flag("--warmup-updates", type=int, help="supervised, before RL (default 40 for tiny policies, others 0)")
+    flag("--norms-every", type=int, default=8, help="iterations between the norms of both gradients apart")
+
     flag = parser.add_argument_group("the run").add_argument
-    flag("--eval-games", type=int, help="games of the level's test, before and after (default 200, "
-         "ScienceWorld 300)")
+    flag("--eval-games", type=int, help="before and after, of the level's test (200, ScienceWorld 300)")
     flag("--save-every", type=int, default=10, help="iterations between checkpoints")
     flag("--workers", type=int, default=os.cpu_count(), help="environment processes")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
     flag("--seed", type=int, default=0, help="of games, sampling and shuffling")
-    flag("--out", help="folder for everything the run writes (default runs/ENV-CLASSIFIER-seedN-TIME)")
+    flag("--out", help="folder of the run (default runs/ENV-CLASSIFIER-seedN-TIME)")
     flag("--resume", metavar="RUN", help="go on with the run in this folder; its own config.json counts")
-    args = parser.parse_args()
-    if args.resume:
-        try:
-            with open(os.path.join(args.resume, "config.json")) as file:
-                stored = json.load(file)
-            args = argparse.Namespace(**{**vars(args), **stored, "resume": args.resume, "out": args.resume})
-        except (OSError, ValueError):
-            parser.error(f"--resume {args.resume}: no config.json of a run in there")
-    check(args, parser.error)
-    return args
+    return settled(parser.parse_args(), parser.error)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """From arguments to a run: what is automatic is resolved and said, and everything that the loop needs is built."""
 
+import argparse
 import datetime
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -24,6 +26,19 @@ from support.policies import (answer_tokens, check_tags, compute_in_bfloat16, lo
 # What a checkpoint notes of how it was played, so that an evaluation plays it the same way.
 PLAYED = ("engine", "precision", "temperature", "max_new_tokens", "max_context", "show_actions")
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def settled(args, error):
+    """The arguments that count: those that a run to be resumed was started with, or `args`; checked, by `check`."""
+    if args.resume:
+        try:
+            with open(os.path.join(args.resume, "config.json")) as file:
+                stored = json.load(file)
+            args = argparse.Namespace(**{**vars(args), **stored, "resume": args.resume, "out": args.resume})
+        except (OSError, TypeError, ValueError):
+            error(f"--resume {args.resume}: no config.json of a run in there")
+    check(args, error)
+    return args
 
 
 def check(args, error):
