@@ -1,0 +1,161 @@
+"""Tables and pictures of an experiment, from results.jsonl alone.
+
+    python experiments/analyse.py default                                 # the tables, as Markdown
+    python experiments/analyse.py default --out docs/default-runs.png     # and the picture
+
+Seeds are the unit: means over seeds with t intervals, every seed shown; differences to the baseline are paired by seed, since
+the same seed plays the same games in every arm. Games are never pooled over seeds as if they were independent.
+
+Outcomes: what is averaged over training is the mean over iterations of an iteration's rate. `coupled` is the primary
+outcome of experiments/README.md: the share of steps that are inadmissible, and of those that are repeated, added.
+"""
+
+import argparse
+import os
+import sys
+
+import numpy
+from scipy import stats
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from experiments.run import EXPERIMENTS, HERE, read_rows  # noqa: E402
+
+FLAWS = (("inadmissible", "inadmissible"), ("repeated", "repeated"), ("no_effect", "without effect"))
+
+
+def mean_and_half(values):
+    """Mean and half width of the 95% t interval over seeds; half is nan for fewer than two.
+
+    >>> mean, half = mean_and_half([1.0, 2.0, 3.0])
+    >>> round(mean, 3), round(half, 3)  # 4.303 * 1 / sqrt(3)
+    (2.0, 2.484)
+    """
+    values = numpy.asarray(values, float)
+    if len(values) < 2:
+        return float(values.mean()) if len(values) else float("nan"), float("nan")
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean()), float(half)
+
+
+def outcomes(row):
+    """{outcome: percent} of a run: success at each level before and after, flaws averaged over training and at the end."""
+    training = lambda key: 100 * float(numpy.mean([one.get(key, numpy.nan) for one in row["training"]]))
+    found = {"coupled, training": training("inadmissible") + training("repeated"), "success, training": training("success")}
+    for when in ("before", "after"):
+        for level, result in row[when].items():
+            found[f"{level} {when}"] = 100 * result["success"]
+            for key, name in FLAWS:
+                found[f"{name}, {level} {when}"] = 100 * result[key]
+    return found
+
+
+def by_arm(rows, experiment):
+    """{arm: {seed: outcomes}}, arms and seeds in their order."""
+    arms = {}
+    for row in sorted((row for row in rows if row["experiment"] == experiment), key=lambda row: row["seed"]):
+        arms.setdefault(row["arm"], {})[row["seed"]] = outcomes(row)
+    return {arm: arms[arm] for arm in EXPERIMENTS[experiment][1] if arm in arms}
+
+
+def paired(arm, baseline, outcome):
+    """Differences of an outcome, arm minus baseline, of the seeds that both have."""
+    return [arm[seed][outcome] - baseline[seed][outcome] for seed in sorted(set(arm) & set(baseline))
+            if outcome in arm[seed] and outcome in baseline[seed]]
+
+
+def shown(mean, half):
+    """`52.5 ± 5.2`, without the half width where there is but one seed."""
+    return f"{mean:.1f}" + ("" if numpy.isnan(half) else f" ± {half:.1f}")
+
+
+def table(arms, wanted, baseline):
+    """Markdown: every arm's outcomes, each seed, mean ± 95% t interval; then differences to the baseline, paired."""
+    lines = ["| arm | seeds | " + " | ".join(wanted) + " |", "| --- | --- |" + " --- |" * len(wanted)]
+    for arm, seeds in arms.items():
+        cells = []
+        for outcome in wanted:
+            values = [found[outcome] for found in seeds.values() if outcome in found]
+            each = " / ".join(f"{value:.1f}" for value in values)
+            cells.append(f"{each}; **{shown(*mean_and_half(values))}**" if values else "-")
+        lines.append(f"| {arm} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |")
+    for arm, seeds in arms.items():
+        if arm != baseline and baseline in arms:
+            pairs = {outcome: paired(seeds, arms[baseline], outcome) for outcome in wanted}
+            lines.append(f"| {arm} - {baseline} | {max(map(len, pairs.values()))} pairs | " + " | ".join(
+                shown(*mean_and_half(values)) if values else "-" for values in pairs.values()) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows, experiment, arms, baseline, path):
+    """Learning curves with bands, success of every seed, paired differences."""
+    import matplotlib
+    matplotlib.use("Agg")  # no display needed
+    import matplotlib.pyplot as plt
+    colors, marks = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"], "osv^Dx*"
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.3), constrained_layout=True)
+    level = next((name for name in ("L1", "L2", "L0") if all(f"{name} after" in f for a in arms.values() for f in a.values())), None)
+    for k, (arm, seeds) in enumerate(arms.items()):
+        runs = [row["training"] for row in rows if row["experiment"] == experiment and row["arm"] == arm]
+        length = min(map(len, runs))
+        curves = numpy.array([[100 * (one["inadmissible"] + one["repeated"]) for one in run[:length]] for run in runs])
+        smooth = numpy.array([[c[max(0, i - 4):i + 1].mean() for i in range(length)] for c in curves])
+        axes[0].plot(range(1, length + 1), smooth.mean(0), color=colors[k % 7], label=arm, ls=["-", "--", "-.", ":"][k % 4])
+        if len(runs) > 1:
+            half = stats.t.ppf(0.975, len(runs) - 1) * smooth.std(0, ddof=1) / len(runs) ** 0.5
+            axes[0].fill_between(range(1, length + 1), smooth.mean(0) - half, smooth.mean(0) + half, color=colors[k % 7], alpha=0.12)
+        for when, x, face in ((f"{level} before", k - 0.15, "none"), (f"{level} after", k + 0.15, colors[k % 7])):
+            values = [found[when] for found in seeds.values() if when in found]
+            axes[1].scatter([x] * len(values), values, marker=marks[k % 7] if face != "none" else "o", s=30,
+                            facecolors=face if marks[k % 7] != "x" or face == "none" else colors[k % 7], edgecolors=colors[k % 7])
+            mean, half = mean_and_half(values)
+            axes[1].errorbar([x + 0.12], [mean], [[0 if numpy.isnan(half) else half]] * 2, fmt="_", color=colors[k % 7], capsize=3)
+    axes[0].set(xlabel="iteration", ylim=(0, None))
+    axes[0].set_title("inadmissible + repeated, % of steps, in training\n(mean of 5 iterations; band: 95% t over seeds)", fontsize=10)
+    axes[0].legend(fontsize=8)
+    axes[1].set(xticks=range(len(arms)), ylim=(0, 100))
+    axes[1].set_title(f"success on {level}, %\n(a mark a seed, hollow: where RL starts; bars: 95% t)", fontsize=10)
+    axes[1].set_xticklabels(arms, rotation=20)
+    others = [arm for arm in arms if arm != baseline and baseline in arms]
+    for k, arm in enumerate(others):
+        for shift, outcome, mark in ((-0.15, f"{level} after", "o"), (0.15, "coupled, training", "s")):
+            values = paired(arms[arm], arms[baseline], outcome)
+            axes[2].scatter([k + shift] * len(values), values, marker=mark, s=25, facecolors="none", edgecolors="grey")
+            mean, half = mean_and_half(values)
+            axes[2].errorbar([k + shift + 0.08], [mean], [[0 if numpy.isnan(half) else half]] * 2, fmt=mark, capsize=4, ms=5,
+                             color="#0072B2" if mark == "o" else "#D55E00",
+                             label=("success" if mark == "o" else "coupled flaws, training") if k == 0 else None)
+    axes[2].axhline(0, color="grey", lw=0.8)
+    axes[2].set(xticks=range(len(others)), xlim=(-0.6, len(others) - 0.4))
+    axes[2].set_title(f"minus {baseline}, points, paired by seed\n(grey: a seed; bars: 95% t)", fontsize=10)
+    axes[2].set_xticklabels(others, rotation=20)
+    if others:
+        axes[2].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Tables and pictures of an experiment.")
+    parser.add_argument("experiment", choices=list(EXPERIMENTS))
+    parser.add_argument("--results", default=os.path.join(HERE, "results.jsonl"))
+    parser.add_argument("--baseline", default="none", help="what the other arms are compared with")
+    parser.add_argument("--out", help="picture to write")
+    args = parser.parse_args()
+    rows = read_rows(args.results)
+    arms = by_arm(rows, args.experiment)
+    if not arms:
+        sys.exit(f"analyse.py: no rows of {args.experiment} in {args.results}: python experiments/run.py {args.experiment}")
+    known = {outcome for seeds in arms.values() for found in seeds.values() for outcome in found}
+    first = [o for o in ("L1 before", "L1 after", "L2 before", "L2 after", "L0 after", "success, training") if o in known]
+    flaws = [o for o in ("coupled, training", *(f"{name}, L1 after" for _, name in FLAWS)) if o in known]
+    print(f"{args.experiment}, % (each seed; mean ± half of the 95% t interval over seeds)\n\n"
+          f"{table(arms, first, args.baseline)}\n\n{table(arms, flaws, args.baseline)}")
+    if args.out:
+        try:
+            draw(rows, args.experiment, arms, args.baseline, args.out)
+        except (OSError, ValueError) as error:
+            sys.exit(f"analyse.py: --out {args.out}: {error}")
+
+
+if __name__ == "__main__":
+    main()

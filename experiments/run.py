@@ -1,0 +1,181 @@
+"""Runs of train.py, one after the other, each a row of results.jsonl: what the tables and pictures are made from.
+
+    python experiments/run.py --list                               # experiments, their arms and what is done of them
+    python experiments/run.py default                              # all arms and seeds of one; again: goes on
+    python experiments/run.py credit --arms gigpo adca --seeds 0
+    OMP_NUM_THREADS=1 python experiments/run.py default --workers 1    # one core a run: two of these share a machine
+
+A run whose row is there is skipped; one that was killed is resumed from its checkpoint, to the same numbers. Rows come
+seed by seed, all arms of a seed first, so that what is there at any time can be paired. The same seed plays the same games
+in every arm. What is asked of these runs was written down before: experiments/README.md.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+ALFWORLD = "--env alfworld --games generated"
+
+# experiment -> (flags of all its runs, {arm: flags of its own}, seeds)
+EXPERIMENTS = {
+    # What README shows: the default run, GRPO alone beside it, and the other form of the classifier.
+    "default": (ALFWORLD, {"none": "--classifier none", "value": "--classifier value",
+                           "generative": "--classifier generative"}, range(3)),
+    "default-scienceworld": ("--env scienceworld", {"value": "--classifier value"}, range(3)),
+    # That each credit rule learns; no claim is made from these.
+    "credit": (f"{ALFWORLD} --classifier none", {
+        "gigpo": "--credit gigpo", "hgpo": "--credit hgpo", "graphgpo": "--credit graphgpo", "adca": "--credit adca",
+        "epo": "--epo 0.001", "rlvmr": "--credit rlvmr --model policies/cache-tags"}, range(3)),
+    # lambda and rate for the experiment proper, on training games and with seeds of their own.
+    "tuning": (f"{ALFWORLD} --eval-games 0", {
+        "none": "--classifier none", "none-constant": "--classifier none --lr-end 1",
+        **{f"{form}-{coef}": f"--classifier {form} --classifier-coef {coef}"
+           for form in ("value", "generative") for coef in (0.1, 0.3, 1.0, 3.0)}}, range(100, 102)),
+}
+# Of an iteration's line in metrics.jsonl, what a row keeps.
+KEPT = ("iteration", "success", "reward", "score", "steps", "inadmissible", "repeated", "no_effect", "malformed",
+        "revisited", "kl", "entropy", "grad_norm", "grad_norm_grpo", "grad_norm_classifier", "seconds_play",
+        "seconds_update", "tokens")
+KEPT_PREFIXES = ("accuracy_", "probe", "coupling", "margin")
+
+
+def command_of(experiment, arm, seed, workers=None):
+    """The arguments of train.py, but for --out."""
+    common, arms, _ = EXPERIMENTS[experiment]
+    more = ["--workers", str(workers)] if workers else []
+    return [*shlex.split(common), *shlex.split(arms[arm]), "--seed", str(seed), *more]
+
+
+def compact(result):
+    """An evaluation without the name of every game: `won` has a digit for each, in the order of their names.
+
+    >>> compact({"success": 0.5, "tasks": {"look": {"won": 1}}, "bad_games": [],
+    ...          "played": {"b": {"won": True, "steps": 3}, "a": {"won": False, "steps": 9}}})
+    {'success': 0.5, 'tasks': {'look': {'won': 1}}, 'won_by_game': '01', 'steps_by_game': [9, 3]}
+    """
+    names = sorted(result["played"])
+    found = {key: value for key, value in result.items() if key not in ("played", "bad_games")}
+    played = [result["played"][name] for name in names]
+    found |= {"won_by_game": "".join(str(int(game["won"])) for game in played),
+              "steps_by_game": [game["steps"] for game in played]}
+    if played and played[0].get("score") is not None:
+        found["score_by_game"] = [game["score"] for game in played]
+    return found
+
+
+def row_of(folder, **about):
+    """A run's row from its folder; None unless the run is complete. about: experiment, arm, seed, commit, command."""
+    try:
+        with open(os.path.join(folder, "config.json")) as file:
+            config = json.load(file)
+        with open(os.path.join(folder, "metrics.jsonl")) as file:
+            rows = [json.loads(line) for line in file if line.endswith("\n")]
+    except (OSError, ValueError):
+        return None
+    if not rows or rows[-1]["iteration"] < config["iterations"]:
+        return None
+    minutes = sum(row.get("seconds_play", 0) + row.get("seconds_update", 0) for row in rows) / 60
+    keep = lambda row: {k: v for k, v in row.items() if k in KEPT or k.startswith(KEPT_PREFIXES)}
+    evaluations = lambda row: {k[5:]: compact(v) for k, v in row.items() if k.startswith("eval_")}
+    return {**about, "minutes": round(minutes, 1), "before": evaluations(rows[0]) if rows[0]["iteration"] == 0 else {},
+            "after": evaluations(rows[-1]), "training": [keep(row) for row in rows if row["iteration"] > 0]}
+
+
+def read_rows(path):
+    """The rows of results.jsonl, none where there is no such file yet."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def append(path, row):
+    """Add a row, whole, also where several runners share the file."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(row) + "\n")
+
+
+def commit():
+    """The commit of the code that runs, with `+` where it has been changed since."""
+    git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(git("status", "--porcelain", "-uno"))
+
+
+def do(experiment, arm, seed, args):
+    """One run, begun or resumed; appends its row. Returns a line that says what became of it."""
+    name = f"{experiment}/{arm}, seed {seed}"
+    if any((row["experiment"], row["arm"], row["seed"]) == (experiment, arm, seed) for row in read_rows(args.results)):
+        return f"{name}: done before"
+    folder = os.path.join(args.runs, experiment, f"{arm}-seed{seed}")
+    os.makedirs(folder, exist_ok=True)
+    command = command_of(experiment, arm, seed, args.workers)
+    if os.path.exists(os.path.join(folder, "config.json")):
+        arguments = ["--resume", folder]
+    else:
+        arguments = [*command, "--out", folder]
+    note = os.path.join(folder, "commit.txt")  # of the beginning: a resumed run keeps it
+    if not os.path.exists(note):
+        with open(note, "w") as file:
+            file.write(commit())
+    with open(note) as file:
+        began = file.read()
+    print(f"{name}: python train.py {shlex.join(arguments)}", flush=True)
+    with open(os.path.join(folder, "log.txt"), "a") as log:
+        done = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *arguments], stdout=log, stderr=log, cwd=ROOT)
+    row = row_of(folder, experiment=experiment, arm=arm, seed=seed, commit=began,
+                 command=shlex.join(["python", "train.py", *command]), date=time.strftime("%Y-%m-%d"),
+                 cores=os.cpu_count(), threads=os.environ.get("OMP_NUM_THREADS"))
+    if done.returncode or row is None:
+        return f"{name}: FAILED, see {folder}/log.txt"
+    append(args.results, row)
+    return f"{name}: {row['minutes']} minutes, " + ", ".join(
+        f"{level} {100 * result['success']:.1f}%" for level, result in row["after"].items())
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Runs of an experiment, as rows of results.jsonl.")
+    parser.add_argument("experiment", nargs="?", choices=list(EXPERIMENTS), help="which one")
+    parser.add_argument("--list", action="store_true", help="what there is, and what is done of it")
+    parser.add_argument("--arms", nargs="+", help="these only")
+    parser.add_argument("--seeds", nargs="+", type=int, help="these instead of the experiment's own")
+    parser.add_argument("--results", default=os.path.join(HERE, "results.jsonl"), help="where the rows are")
+    parser.add_argument("--runs", default=os.path.join(ROOT, "runs", "experiments"), help="where the runs are")
+    parser.add_argument("--workers", type=int, help="environment processes of a run (default as train.py)")
+    args = parser.parse_args()
+    if args.list or not args.experiment:
+        rows = read_rows(args.results)
+        for name, (common, arms, seeds) in EXPERIMENTS.items():
+            print(f"{name}: {common}")
+            for arm, flags in arms.items():
+                there = sorted(row["seed"] for row in rows if (row["experiment"], row["arm"]) == (name, arm))
+                print(f"    {arm:16} {flags:60} seeds {list(seeds)}, done {there}")
+        return
+    _, arms, seeds = EXPERIMENTS[args.experiment]
+    unknown = set(args.arms or []) - set(arms)
+    if unknown:
+        parser.error(f"--arms {' '.join(sorted(unknown))}: {args.experiment} has {', '.join(arms)}")
+    args.runs = os.path.abspath(args.runs)  # train.py is started from the project's folder
+    failed = 0
+    try:
+        for seed in args.seeds or seeds:
+            for arm in args.arms or arms:
+                line = do(args.experiment, arm, seed, args)
+                print(line, flush=True)
+                failed += "FAILED" in line
+    except OSError as error:
+        sys.exit(f"run.py: {error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit("\nrun.py: stopped. The same command goes on.")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""experiments/: the table of runs is one that train.py accepts, rows come from finished runs only, analysis by hand."""
+
+import json
+import os
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import train  # noqa: E402
+from experiments import analyse, run  # noqa: E402
+
+
+@pytest.mark.parametrize("experiment", run.EXPERIMENTS)
+def test_every_arm_is_one_that_train_accepts(experiment, monkeypatch):
+    _, arms, seeds = run.EXPERIMENTS[experiment]
+    for arm in arms:
+        monkeypatch.setattr(sys, "argv", ["train.py", *run.command_of(experiment, arm, seeds[0], 1)])
+        assert train.parse_arguments().seed == seeds[0]
+
+
+def make_run(folder, iterations, done, won):
+    """A run's folder as train.py writes it, with two games."""
+    result = {"success": 0.5, "low": 0.1, "high": 0.9, "inadmissible": 0.25, "repeated": 0.5, "no_effect": 0.0,
+              "played": {"b": {"won": won, "score": None, "steps": 3}, "a": {"won": True, "score": None, "steps": 4}},
+              "bad_games": []}
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "config.json"), "w") as file:
+        json.dump({"iterations": iterations}, file)
+    with open(os.path.join(folder, "metrics.jsonl"), "w") as file:
+        file.write(json.dumps({"iteration": 0, "eval_L1": result}) + "\n")
+        for i in range(1, done + 1):
+            last = {"eval_L1": {**result, "success": 0.75}} if i == iterations else {}
+            file.write(json.dumps({"iteration": i, "success": 0.1 * i, "inadmissible": 0.4, "repeated": 0.1 * i,
+                                   "seconds_play": 30.0, "seconds_update": 30.0, "accuracy_value_good_won": 0.5, **last}) + "\n")
+    return folder
+
+
+def test_only_a_finished_run_has_a_row(tmp_path):
+    assert run.row_of(str(tmp_path / "none")) is None
+    assert run.row_of(make_run(str(tmp_path / "half"), 2, 1, True)) is None
+    row = run.row_of(make_run(str(tmp_path / "whole"), 2, 2, False), experiment="default", arm="none", seed=0)
+    assert row["minutes"] == 2.0 and len(row["training"]) == 2 and row["training"][0]["accuracy_value_good_won"] == 0.5
+    assert row["before"]["L1"]["won_by_game"] == "10" and row["before"]["L1"]["steps_by_game"] == [4, 3]
+
+
+def test_a_run_whose_row_is_there_is_not_made_again(tmp_path, monkeypatch, capsys):
+    results, runs = str(tmp_path / "results.jsonl"), str(tmp_path / "runs")
+    commands = []
+
+    def pretend(command, **_):  # what train.py would leave behind
+        commands.append(command[2:])
+        folder = command[command.index("--resume" if "--resume" in command else "--out") + 1]
+        make_run(folder, 2, 2 if "--resume" in command else 1, True)
+        return type("Done", (), {"returncode": 0 if "--resume" in command else 1})
+
+    monkeypatch.setattr(run, "commit", lambda: "abc1234")
+    monkeypatch.setattr(run.subprocess, "run", pretend)
+    monkeypatch.setattr(sys, "argv", ["run.py", "default", "--arms", "none", "--seeds", "7", "--results", results, "--runs", runs])
+    for expected in ("FAILED", "2.0 minutes", "done before"):  # killed, resumed, there
+        with pytest.raises(SystemExit) as stopped:
+            run.main()
+        assert expected in capsys.readouterr().out
+        assert stopped.value.code == (1 if expected == "FAILED" else 0)
+    assert [("--resume" in command) for command in commands] == [False, True]
+    rows = run.read_rows(results)
+    assert [(row["arm"], row["seed"], row["commit"]) for row in rows] == [("none", 7, "abc1234")]
+
+
+def test_differences_are_paired_by_seed():
+    arms = {"none": {0: {"x": 10.0}, 1: {"x": 30.0}, 2: {"x": 99.0}}, "value": {1: {"x": 33.0}, 0: {"x": 12.0}}}
+    assert analyse.paired(arms["value"], arms["none"], "x") == [2.0, 3.0]
+    mean, half = analyse.mean_and_half([2.0, 3.0])
+    assert mean == 2.5 and abs(half - 12.7062 * 0.5) < 1e-3  # t(0.975, 1) * (sqrt(0.5) / sqrt(2))
+    text = analyse.table(arms, ["x"], "none")
+    assert "| value - none | 2 pairs | 2.5 ± 6.4 |" in text and "10.0 / 30.0 / 99.0" in text
