@@ -1,7 +1,10 @@
 """What a run logs of an iteration: metrics.jsonl, TensorBoard, a line on the screen, sample episodes."""
 
+import importlib.metadata
 import json
 import os
+import platform
+import subprocess
 
 from rollout import FLAWS, flaw_rates
 
@@ -71,3 +74,19 @@ def write_samples(out, tokenizer, episodes, iteration):
                 flaws = [n for n in FLAWS if getattr(step, n)]
                 file.write(f"  step {k + 1}: {step.action!r} {' '.join(flaws)}\n")
             file.write("\n")
+
+
+def machine():
+    """What a run's numbers depend on besides its flags: versions, cores, memory, GPU, and the commit where git tells it."""
+    import torch
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    except OSError:  # no git
+        commit = None
+    names = ("torch", "transformers", "alfworld", "textworld", "scienceworld")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names},
+            "commit": commit, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}

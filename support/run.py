@@ -20,7 +20,7 @@ from rollout import pay_success_only, play
 from support.batches import sampled_logprobs
 from support.checkpoints import checkpoints, load_checkpoint, save_checkpoint, write_atomically
 from support.curves import draw, read_metrics
-from support.logs import line_of, log, metrics_of, write_samples
+from support.logs import line_of, log, machine, metrics_of, write_samples
 from support.policies import plain_state_dict, sync
 from support.processes import clip_gradients
 from support.setup import PLAYED, check_episodes, make_engine
@@ -41,8 +41,8 @@ def prepare(run, label, weigh):
         rows = read_metrics(args.out) if run.done else []
         run.turn_entropies = [row["turn_entropy"] for row in rows if "turn_entropy" in row]
     if main:
-        write_atomically(os.path.join(args.out, "config.json"),
-                         json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1))
+        config = {k: v for k, v in vars(args).items() if k != "resume"} | {"machine": machine()}
+        write_atomically(os.path.join(args.out, "config.json"), json.dumps(config, indent=1))
         run.board = SummaryWriter(args.out, purge_step=run.done + 1)
     if run.done == 0:
         if main:

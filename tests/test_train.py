@@ -50,6 +50,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(small_policy, tmp_path):
     assert run.returncode == 0, output
     for name in ("config.json", "metrics.jsonl", "curves.png", "checkpoint-000004/trainer.pt", "samples/iteration-000004.txt"):
         assert os.path.getsize(os.path.join(whole, name)) > 0
+    with open(os.path.join(whole, "config.json")) as file:
+        config = json.load(file)
+    assert config["machine"]["torch"] == torch.__version__ and config["machine"]["cores"] == os.cpu_count()
     assert any(name.startswith("events.out.tfevents") for name in os.listdir(whole))
 
     run = start("--model", small_policy, "--out", killed, *SMALL)
