@@ -13,6 +13,8 @@ import time
 import pytest
 import torch
 
+import train
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = ["--games", "generated", "--iterations", "4", "--tasks", "2", "--group-size", "2", "--max-steps", "4",
          "--eval-games", "3", "--save-every", "2", "--workers", "1", "--classifier", "both", "--updates", "2", "--warmup-updates", "2", "--epo",
@@ -36,18 +38,25 @@ def start(*arguments):
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
+@pytest.fixture(scope="module")
+def whole_run(small_policy, tmp_path_factory):
+    """(folder, what it printed) of an uninterrupted run."""
+    out = str(tmp_path_factory.mktemp("runs") / "whole")
+    run = start("--model", small_policy, "--out", out, *SMALL)
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    return out, output
+
+
 def metrics(folder):
     with open(os.path.join(folder, "metrics.jsonl")) as file:
         rows = [json.loads(line) for line in file]
     return [{k: v for k, v in row.items() if not k.startswith(("seconds", "worker"))} for row in rows]
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(small_policy, tmp_path):
+def test_a_killed_run_resumes_to_the_same_numbers(small_policy, whole_run, tmp_path):
     """kill -9 right after the third iteration's line, one iteration past a checkpoint; then --resume."""
-    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
-    run = start("--model", small_policy, "--out", whole, *SMALL)
-    output = run.communicate()[0]
-    assert run.returncode == 0, output
+    whole, killed = whole_run[0], str(tmp_path / "killed")
     for name in ("config.json", "metrics.jsonl", "curves.png", "checkpoint-000004/trainer.pt", "samples/iteration-000004.txt"):
         assert os.path.getsize(os.path.join(whole, name)) > 0
     with open(os.path.join(whole, "config.json")) as file:
@@ -157,11 +166,9 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(small_policy, tmp_path)
         subprocess.run(["umount", "-l", str(out)])
 
 
-def test_metrics_have_what_the_readme_promises(small_policy, tmp_path):
-    out = str(tmp_path / "run")
-    run = start("--model", small_policy, "--out", out, *SMALL)
-    head = [run.stdout.readline() for _ in range(6)]
-    run.communicate()
+def test_metrics_have_what_the_readme_promises(whole_run):
+    out, output = whole_run
+    head = output.splitlines()[:6]
     assert [line.split()[0] for line in head] == ["games", "model", "engine", "update", "loss", "output"]
     assert all("(--" in line for line in head)  # each with the flag that changes it
     rows = metrics(out)
@@ -197,7 +204,8 @@ def test_metrics_have_what_the_readme_promises(small_policy, tmp_path):
     pytest.param(["--engine", "vllm"], "--engine vllm needs vLLM", marks=pytest.mark.skipif(
         importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")),
 ])
-def test_bad_input_is_one_clear_line(arguments, message, small_policy, tmp_path):
+def test_bad_input_is_one_clear_line(arguments, message, small_policy, tmp_path, monkeypatch, capsys):
+    """In this process, since importing torch twenty times takes two minutes; what is no SystemExit fails the test."""
     if "--out" not in arguments and "--resume" not in arguments:
         arguments = ["--out", str(tmp_path / "run"), *arguments]
     if "--model" not in arguments:
@@ -210,9 +218,17 @@ def test_bad_input_is_one_clear_line(arguments, message, small_policy, tmp_path)
         else:
             os.remove(os.path.join(broken, "chat_template.jinja"))
         arguments = [*arguments[:-1], broken]
-    run = start("--games", "generated", "--workers", "1", "--eval-games", "0", *arguments)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--games", "generated", "--workers", "1", "--eval-games", "0", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    assert stopped.value.code != 0 and message in f"{stopped.value.code}{capsys.readouterr().err}"
+
+
+def test_bad_input_is_one_clear_line_on_the_screen_too():
+    run = start("--model", "/no/such/folder")
     output = run.communicate()[0]
-    assert run.returncode != 0 and message in output and "Traceback" not in output
+    assert run.returncode == 1 and "Traceback" not in output
+    assert output.splitlines()[-1].startswith("train.py: /no/such/folder is not a checkpoint that transformers can load")
 
 
 def test_checkpoints_appear_complete_or_not_at_all(tokenizer, model, tmp_path, monkeypatch):
