@@ -269,6 +269,10 @@ def parse_arguments():
     flag("--norms-every", type=int, default=8, help="iterations between measurements of the gradient norms "
          "of L_GRPO and lambda L_cls apart (two more backward passes each)")
     flag = parser.add_argument_group("the run").add_argument
+    flag("--probes", metavar="FILE", help="log every iteration how likely the good and the flawed actions in "
+         "this file are (support/probes.py); made where there is none")
+    flag("--coupling-every", type=int, default=0, help="iterations between split updates (coupling.py) on "
+         "games of their own: leak and own correction of each flaw. Each costs about an iteration; 0: none")
     flag("--eval-games", type=int, help="games of the level's test, before and after (default 200, "
          "ScienceWorld 300)")
     flag("--save-every", type=int, default=10, help="iterations between checkpoints")
