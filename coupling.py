@@ -2,7 +2,8 @@
 
     python coupling.py --model policies/tiny --out runs/coupling              # one draw of games: 2 minutes
     python coupling.py --model A --model B --draws 10 --out runs/a-and-b      # paired: on the same games
-    python coupling.py --model policies/tiny --probes runs/probes.jsonl       # the kernel, too
+    python coupling.py --model policies/tiny --probes runs/probes.jsonl       # kernel and representation, too
+    python coupling.py --model policies/tiny --after runs/a runs/b          # what became of its flaws there
 
 **The split update**: what training would do to this policy's flaws. The policy plays training games. On half
 of them the GRPO gradient, with the real advantages and token weights, is split by the tokens it comes from,
@@ -22,15 +23,17 @@ Units: nats per unit step, i.e. at a learning rate of 1, to first order: any rat
 go equally far, as far along the whole G as changes held-out log pi by --step nats (root mean square). Is that
 small enough? The additivity check compares leak + own with the change along the whole G. log pi(action) is
 the sum over the tokens between the action's tags (tags and end of turn couple trivially); of an answer
-without an action, over all its tokens. The classifier and the KL are off: what GRPO alone would do.
+without an action, over all its tokens. The classifier and the KL are left out: what GRPO alone would do.
 
 **Intervals.** One draw: bootstrap over both halves. The gradients are taken for --blocks blocks of whole
 groups apart, and the change adds up over blocks, so that a resample draws blocks from the first half and,
 independently, games from the other. Eight blocks are few: this interval is coarse (deviations are widened by
-sqrt(8/7): Rao & Wu 1988). Several draws, each with its own games and samples: Student's t over the draws.
+sqrt(8/7): Rao & Wu 1988). Several draws, each with its own games and samples: Student's t over the draws;
+their ratio is that of the means, its interval by jackknife over the draws.
 
 **The kernel**, which explains the ratio: how alike are the policy gradients of two actions? `probe_kernel`,
-on the probes of support/probes.py.
+on the probes of support/probes.py. What the layers make of them: support/representation.py. Coupling while a
+policy learns: `train.py --probes --coupling-every`, support/coupling_dynamics.py.
 
 All in float32 by PyTorch, whatever the policy was trained with: differences of nearly equal numbers are read.
 """
@@ -46,17 +49,15 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from actor import forward
 from games.pool import EnvPool
 from rollout import flaw_rates
-from support.batches import deal, sampled_logprobs
-from support.checkpoints import write_atomically
-from support.coupling_figures import draw_danger_zone, draw_kernels
-from support.coupling_report import paired, summarize, table
+from support.batches import deal, forward, micro_batches, sampled_logprobs
+from support.coupling_figures import draw_danger_zone, draw_fate, draw_kernels
+from support.coupling_report import fates, paired, summarize, table, write_lines
 from support.coupling_run import as_run, checkpoint_moments, choose_games, collect, parse_arguments, prepare
-from support.probes import encode, kernel_table, probe_file
+from support.probes import encode, group_cosines, kernel_table, probe_file
+from support.representation import representation, representation_table
 from support.setup import player
-from train import gradients
 
 PARTS = ("unflawed", "flawed")  # of the gradient: G_u, G_f
 
@@ -67,8 +68,8 @@ def split_update(args, run, first, held_out, mask, v=None):
     """What a step along each part of the gradient does to every held-out action, eqs. 1 and 2.
 
     Args:
-        args: from support/coupling_run.py: train.py's, as far as its `gradients` reads them; blocks, step.
-        run: from `as_run`: the model, and a bar that is told of every part done.
+        args: temperature, micro_tokens, blocks, step: as in support/coupling_run.py.
+        run: with the model, and a bar that is told of every part done.
         first, held_out: Batches of different games, with advantages and token weights. S steps are held out.
         mask: (N,) 1.0 for the held-out tokens that are the action itself.
         v: Adam's second moments, like the model's parameters; None: the plain gradient alone.
@@ -103,8 +104,15 @@ def ascent(args, run, batch, kept=1.0):
     """G of the tokens that are `kept` (N,): a list of tensors like the model's parameters. The others weigh
     nothing, but are not left out of the batch, so that the gradients of the parts add up to its own."""
     weighed = replace(batch, token_weights=batch.token_weights * kept)
-    gradients(args, run, weighed, classifier_coef=0.0)
-    return [torch.zeros_like(p) if p.grad is None else -p.grad for p in run.model.parameters()]
+    run.model.train()
+    run.model.zero_grad(set_to_none=True)
+    for micro in micro_batches(weighed.episodes, args.micro_tokens):
+        part = weighed.part(micro, next(run.model.parameters()).device)
+        logprobs = forward(run.model, part.sequences, part.sampled, args.temperature)["logprobs"]  # (n,)
+        (part.token_weights * part.advantages[part.step_of_token] * logprobs).sum().backward()
+    G = [torch.zeros_like(p) if p.grad is None else p.grad for p in run.model.parameters()]
+    run.model.zero_grad(set_to_none=True)
+    return G
 
 
 def effect(run, direction, distance, before, again):
@@ -239,7 +247,7 @@ def measure(args, run, games, seed, v=None):
 def measure_all(args, pool, games, probes):
     """Every model on every draw's games, and on the probes; tables are printed and rows written as they come.
     Returns the rows and, per model, (Gram matrices, probes as the model reads them)."""
-    rows, grams, count, path = [], {}, len(games) // args.draws, os.path.join(args.out, "results.jsonl")
+    rows, lines, grams, count = [], [], {}, len(games) // max(1, args.draws)
     for folder in args.model:
         here = argparse.Namespace(**vars(args))  # two models may have been trained in two ways
         engine, chat = player(here, folder)
@@ -248,20 +256,25 @@ def measure_all(args, pool, games, probes):
         v = None if args.no_adam else checkpoint_moments(folder, engine.model)
         parts = (2 - args.no_adam) * (2 * args.blocks + 1) + (0 if args.no_adam or v else 2 * args.blocks)
         parts += -(-count // max(1, args.batch // args.group_size))  # of playing
-        with tqdm(total=args.draws * parts, desc=folder) as bar:
+        with tqdm(total=args.draws * parts, desc=folder, disable=not args.draws) as bar:
             run = as_run(here, engine.model, bar, engine=engine, chat=chat, pool=pool)
             for draw in range(args.draws):
                 seed = (args.seed * 1_000_003 + draw) * 10_007  # `collect` adds the number of a game
                 row = measure(here, run, games[draw * count:(draw + 1) * count], seed, v)
                 rows.append({"model": folder, "draw": draw, "moments": "trainer.pt" if v else "blocks", **row,
                              "args": vars(args)})
-                write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-        print(table(folder, [row for row in rows if row["model"] == folder]) + "\n", flush=True)
+                write_lines(os.path.join(args.out, "results.jsonl"), rows)
+        if args.draws:
+            print(table(folder, [row for row in rows if row["model"] == folder]) + "\n", flush=True)
         if probes:
             seen = encode(probes, chat)
             grams[folder] = probe_kernel(engine.model, seen, here.temperature), seen
-            print(kernel_table(folder, *grams[folder]) + "\n", flush=True)
-    if len(args.model) > 1:
+            cosines = {block: group_cosines(gram, seen) for block, gram in grams[folder][0].items()}
+            layers = representation(engine.model, seen)
+            print(f"{kernel_table(folder, cosines, seen)}\n{representation_table(layers)}\n", flush=True)
+            lines.append({"model": folder, "probes": args.probes, "cosines": cosines, "layers": layers})
+            write_lines(os.path.join(args.out, "kernel.jsonl"), lines)
+    if len(args.model) > 1 and args.draws:
         print(paired(args.model, rows))
     return rows, grams
 
@@ -270,12 +283,18 @@ def main():
     args = parse_arguments()
     try:
         games = choose_games(args)
+        fates(args.after, ())  # a mistyped folder is told now
         os.makedirs(args.out, exist_ok=True)
         with EnvPool(args.workers) as pool:
             probes = probe_file(args, pool) if args.probes else None
             rows, grams = measure_all(args, pool, games, probes)
-        draw_danger_zone(rows, os.path.join(args.out, "danger_zone.png"))
-        draw_kernels(grams, os.path.join(args.out, "kernel.png"))
+        picture = lambda name: os.path.join(args.out, name)
+        if rows:
+            draw_danger_zone(rows, picture("danger_zone.png"))
+        if args.after:
+            draw_fate([(args.model[0], [row for row in rows if row["model"] == args.model[0]], args.after)],
+                      picture("fate.png"))
+        draw_kernels(grams, picture("kernel.png"))
         print(f"results and pictures: {args.out}")
     except OSError as error:
         sys.exit("coupling.py: " + (f"{error.filename}: {error.strerror}" if error.filename else str(error)))

@@ -270,6 +270,9 @@ def parse_arguments():
     flag("--norms-every", type=int, default=8, help="iterations between the norms of both gradients apart")
 
     flag = parser.add_argument_group("the run").add_argument
+    # The dynamics, shown: log pi of fixed probes; leak and own correction of each flaw (coupling.py).
+    flag("--probes", metavar="FILE", help="log how likely these good and flawed actions are; made if missing")
+    flag("--coupling-every", type=int, default=0, help="iterations between split updates (as dear as one)")
     flag("--eval-games", type=int, help="before and after, of the level's test (200, ScienceWorld 300)")
     flag("--save-every", type=int, default=10, help="iterations between checkpoints")
     flag("--workers", type=int, default=os.cpu_count(), help="environment processes")

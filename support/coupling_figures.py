@@ -1,6 +1,7 @@
 """Pictures of what coupling.py measured: the danger zone with a policy's own flaws in it, and the kernel.
 
-    python -m support.coupling_figures runs/coupling/results.jsonl --out danger_zone.png   # of a run, or more
+    python -m support.coupling_figures runs/coupling/results.jsonl --out danger_zone.png   # of one, or more
+    python -m support.coupling_figures runs/coupling/results.jsonl --after runs/a runs/b --out fate.png
 """
 
 import argparse
@@ -12,7 +13,8 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy  # noqa: E402
 
-from support.coupling_report import KINDS, combine  # noqa: E402
+from rollout import FLAWS  # noqa: E402
+from support.coupling_report import KINDS, combine, fates  # noqa: E402
 from support.curves import COLORS  # noqa: E402
 from support.probes import GROUPS, cosine, group_cosines  # noqa: E402
 
@@ -116,10 +118,59 @@ def draw_kernels(grams, path):
     save(figure, path)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draw the danger zone from the results of coupling.py.")
-    parser.add_argument("results", nargs="+", help="results.jsonl of one run or several")
+def draw_fate(starts, path):
+    """The ratio at the start against what became of each flaw under RL: a point for each kind of flaw and
+    run.
+
+    starts: [(name, rows of coupling.py of one model, folders of runs that began with it), ...]. Upwards: the
+    flaw's share of all steps after training over that before, on the same games; below 1 it was unlearnt.
+    """
+    rules = [rule for rule in ("plain", "adam") if all(rule in rows[0] for _, rows, _ in starts)]
+    figure, axes = plt.subplots(1, len(rules), figsize=(6.2 * len(rules), 5), squeeze=False,
+                                constrained_layout=True)
+    for axis, rule in zip(axes[0], rules):
+        for marker, (name, rows, runs) in zip(MARKERS, starts):
+            became = fates(runs)
+            for color, kind in zip(COLORS, FLAWS):
+                ratio, low, high = combine(rows, rule, kind)["ratio"]
+                grown = [after / before for before, after in (one[kind] for one in became.values()) if before]
+                if ratio is None or not grown:
+                    continue
+                label = kind.replace("_", " ") + (f", {name}" if len(starts) > 1 else "")
+                axis.plot([ratio] * len(grown), grown, marker, color=color, label=label)
+                if low is not None:
+                    axis.plot([low, high], [sum(grown) / len(grown)] * 2, color=color, linewidth=1)
+        axis.axvline(1, color="k", linewidth=1)
+        axis.axhline(1, color="k", linewidth=0.5)
+        axis.set(title={"plain": "plain gradient", "adam": "through Adam"}[rule],
+                 xlabel="-leak / own at the start, 95% interval (right of the line: danger zone)",
+                 ylabel="share of steps, after / before RL")
+        axis.legend(fontsize=8)
+    save(figure, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Pictures from the rows of coupling.py.")
+    parser.add_argument("results", nargs="+", help="results.jsonl of one measurement or several")
+    parser.add_argument("--after", action="append", nargs="+", metavar="RUN", help="draw the ratio against "
+                        "what became of each flaw: the runs of train.py that began with the policy of the "
+                        "first file; again for the second, and so on")
     parser.add_argument("--out", default="danger_zone.png", help="picture to write")
     args = parser.parse_args()
-    rows = [json.loads(line) for path in args.results for line in open(path)]
-    draw_danger_zone([row for row in rows if "model" in row], args.out)
+    try:
+        files = [[row for row in map(json.loads, open(path)) if "plain" in row] for path in args.results]
+        if not all(files):
+            raise ValueError("no rows of coupling.py in one of these files")
+        if args.after and len(args.after) != len(files):
+            raise ValueError("--after: once for each file")
+        names = [rows[0]["model"].rstrip("/").split("/")[-1] for rows in files]
+        if args.after:
+            draw_fate(list(zip(names, files, args.after)), args.out)
+        else:
+            draw_danger_zone([row for rows in files for row in rows], args.out)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

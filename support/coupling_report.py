@@ -1,14 +1,22 @@
 """What coupling.py's split update measured, as numbers with intervals and as text."""
 
+import json
 import math
 
 import numpy
 from scipy import stats
 
 from rollout import FLAWS
+from support.checkpoints import write_atomically
+from support.curves import read_metrics
 
 KINDS = (*FLAWS, "flawed", "good")
 NAMES = ("leak", "own", "net", "ratio")
+
+
+def write_lines(path, rows):
+    """Rows as JSON lines; the file is there whole, or as it was."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def kinds_of(batch):
@@ -73,17 +81,44 @@ def interval(values):
 
 
 def over_draws(values):
-    """(mean, low, high) by Student's t; no interval from one draw, and nothing where a draw has no value.
+    """(mean, low, high) by Student's t; no interval from one draw.
 
     >>> [round(x, 3) for x in over_draws([1.0, 2.0, 3.0])]      # 2 -+ 4.303 * 1 / sqrt(3)
     [2.0, -0.484, 4.484]
     """
     n = len(values)
-    if n == 0 or None in values:
-        return None, None, None
     mean = float(numpy.mean(values))
     half = stats.t.ppf(0.975, n - 1) * numpy.std(values, ddof=1) / math.sqrt(n) if n > 1 else None
     return (mean, None, None) if half is None else (mean, float(mean - half), float(mean + half))
+
+
+def jackknife(statistic, n):
+    """(value, low, high): 95% interval of a statistic of n draws by leaving out each in turn (Tukey 1958) and
+    Student's t over what this makes of every draw. Where a value is no number there is no interval, or
+    nothing.
+
+    Args: statistic: of an array of the draws' numbers, 0 .. n-1.
+    Of a mean it is the t interval of the mean:
+    >>> values = numpy.array([1.0, 2.0, 3.0])
+    >>> [round(x, 3) for x in jackknife(lambda draws: values[draws].mean(), 3)]
+    [2.0, -0.484, 4.484]
+    """
+    value = float(statistic(numpy.arange(n)))
+    if math.isnan(value):
+        return None, None, None
+    without = [float(statistic(numpy.delete(numpy.arange(n), i))) for i in range(n)] if n > 1 else []
+    if n < 2 or numpy.isnan(without).any():
+        return value, None, None
+    _, low, high = over_draws([n * value - (n - 1) * one for one in without])
+    middle = value - (low + high) / 2  # its mean is not the value shown
+    return value, low + middle, high + middle
+
+
+def ratio_of(cells):
+    """The draws' ratio, as a function for `jackknife`: that of the mean leak to the mean own correction. (The
+    mean of the draws' ratios would be drawn by those whose correction is nearly nothing.)"""
+    leak, own = (numpy.array([cell[name] for cell in cells]) for name in ("leak", "own"))
+    return lambda draws: quantities(leak[draws].mean(), own[draws].mean())["ratio"]
 
 
 def combine(rows, rule, kind):
@@ -91,7 +126,28 @@ def combine(rows, rule, kind):
     cells = [row[rule].get(kind) for row in rows]
     if len(cells) == 1 and cells[0]:
         return {name: tuple(cells[0][name + end] for end in ("", "_low", "_high")) for name in NAMES}
-    return {name: over_draws([one and one[name] for one in cells]) for name in NAMES}
+    if not all(cells):
+        return {name: (None, None, None) for name in NAMES}
+    found = {name: over_draws([one[name] for one in cells]) for name in NAMES if name != "ratio"}
+    return found | {"ratio": jackknife(ratio_of(cells), len(cells))}
+
+
+def fates(folders, kinds=FLAWS):
+    """What became of flaws in runs of train.py: {folder: {kind: (share of the steps before, after)}}, on the
+    test games of the run's own level, the same before and after. Raises ValueError, one line."""
+    found = {}
+    for folder in folders:
+        try:
+            rows = read_metrics(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder}: no metrics.jsonl of a run in there") from error
+        for level in ("L0", "L1", "L2"):
+            evaluations = [row[f"eval_{level}"] for row in rows if f"eval_{level}" in row]
+            if len(evaluations) > 1:  # of the level trained for: before the first iteration, at the end
+                found[folder] = {kind: (evaluations[0][kind], evaluations[-1][kind]) for kind in kinds}
+        if folder not in found:
+            raise ValueError(f"{folder}: no evaluation before and after: not ended, or --eval-games 0")
+    return found
 
 
 def text(value, low, high, digits=3):
@@ -131,11 +187,20 @@ def paired(models, rows):
     for model in models[1:]:
         for rule in (rule for rule in ("plain", "adam") if rule in rows[0]):
             for kind in KINDS:
-                pairs = [(a[rule].get(kind), b[rule].get(kind)) for a, b in zip(of[models[0]], of[model])]
-                if not all(a and b for a, b in pairs):
-                    continue
-                gaps = [[None if None in (a[name], b[name]) else b[name] - a[name] for a, b in pairs]
-                        for name in NAMES]
-                shown = "".join(f"{text(*over_draws(gap)):28}" for gap in gaps)
-                lines.append(f"  {model:32} {rule:6} {kind:13}{shown}")
+                found = gaps(of[models[0]], of[model], rule, kind)
+                if found:
+                    shown = "".join(f"{text(*found[name]):28}" for name in NAMES)
+                    lines.append(f"  {model:32} {rule:6} {kind:13}{shown}")
     return "\n".join(lines)
+
+
+def gaps(first, second, rule, kind):
+    """{name: (value, low, high)} of the second's rows minus the first's, paired draw by draw; {} where a draw
+    has nothing of this kind."""
+    pairs = [(a[rule].get(kind), b[rule].get(kind)) for a, b in zip(first, second)]
+    if not all(a and b for a, b in pairs):
+        return {}
+    a, b = zip(*pairs)
+    found = {name: over_draws([y[name] - x[name] for x, y in pairs]) for name in NAMES if name != "ratio"}
+    of_a, of_b = ratio_of(a), ratio_of(b)
+    return found | {"ratio": jackknife(lambda draws: of_b(draws) - of_a(draws), len(pairs))}

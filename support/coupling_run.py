@@ -19,11 +19,9 @@ from support.setup import ADAMW
 
 
 def as_run(args, model, bar, **more):
-    """The namespace that train.gradients works on; nothing but the policy's own loss is left. bar: tqdm's, or
-    None."""
-    return SimpleNamespace(args=args, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-                           value_head=None, question=None, shared=None, turn_entropies=[],
-                           bar=bar or tqdm(disable=True), **more)
+    """What coupling.py hands around: the model, a bar that is told of every part done (tqdm's, or None), and
+    more."""
+    return SimpleNamespace(args=args, model=model, bar=bar or tqdm(disable=True), **more)
 
 
 def collect(args, engine, chat, pool, games, seed, bar):
@@ -95,7 +93,8 @@ def parse_arguments():
     flag = parser.add_argument_group("what is measured").add_argument
     flag("--model", action="append", required=True, help="Hugging Face folder or hub name; several are "
          "paired: measured on the same games")
-    flag("--draws", type=int, default=1, help="how often, each time on games and samples of its own")
+    flag("--draws", type=int, default=1, help="how often, each time on games and samples of its own; 0: "
+         "--probes alone")
     flag("--episodes", type=int, default=256, help="per draw; half of the games give the gradients, the "
          "others are held out")
     flag("--group-size", type=int, default=8, help="episodes per game (G)")
@@ -103,9 +102,11 @@ def parse_arguments():
     flag("--step", type=float, default=1e-3, help="by how many nats a step changes held-out log pi (root "
          "mean square)")
     flag("--no-adam", action="store_true", help="the plain gradient alone: half the forward passes")
-    flag("--probes", metavar="FILE", help="measure the kernel, too, on the probes in this file; where there "
-         "is none, it is made")
+    flag("--probes", metavar="FILE", help="measure kernel and representation, too, on the probes in this "
+         "file; where there is none, it is made")
     flag("--probe-count", type=int, default=256, help="of a new file of probes")
+    flag("--after", nargs="+", metavar="RUN", default=[], help="folders of train.py's runs that began with "
+         "the first --model: what became of each flaw, against its ratio at the start")
     flag = parser.add_argument_group("as in training").add_argument
     flag("--env", default="alfworld", choices=levels.ENVS)
     flag("--level", default="L1", choices=levels.LEVELS, help="whose training games are played (probes: "
@@ -133,11 +134,15 @@ def parse_arguments():
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
     flag("--seed", type=int, default=0, help="of games and sampling")
     flag("--out", default="runs/coupling", help="folder for results and pictures; those there are replaced")
-    # Float32 and PyTorch, since differences of nearly equal numbers are read; then, train.py's loss at rest.
+    # Float32 and PyTorch, since differences of nearly equal numbers are read.
     parser.set_defaults(engine="torch", precision="float32", shard=False, engine_memory=0.9,
-                        tensor_parallel=1, clip=0.2, kl_coef=0.0, classifier_coef=0.0, head_layer=-1, epo=0.0)
+                        tensor_parallel=1)
     args = parser.parse_args()
-    for name in ("draws", "episodes", "batch", "micro_tokens", "workers", "probe_count"):
+    if args.draws < 0 or (args.draws == 0 and not args.probes):
+        parser.error("--draws must be at least 1, or 0 with --probes")
+    if args.after and not args.draws:
+        parser.error("--after needs --draws")
+    for name in ("episodes", "batch", "micro_tokens", "workers", "probe_count"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.group_size < 2:

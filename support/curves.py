@@ -28,8 +28,10 @@ def smooth(values, width=5):
 
 
 def draw(folders, out, names=None):
-    """Four panels: success (training, and evaluation with intervals), flaws, classifier accuracy, KL and entropy."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), constrained_layout=True)
+    """Panels: success (training, and evaluation with intervals), flaws, classifier accuracy, KL and entropy; where a run
+    has them, the log-probabilities of probes (--probes), and leak and own correction (--coupling-every)."""
+    runs = [read_metrics(folder) for folder in folders]
+    there = {key for rows in runs for row in rows for key in row}
     panels = [
         ("success", [("success", "training games")]),
         ("flawed actions, share of steps", [("inadmissible", "inadmissible"), ("repeated", "repeated"),
@@ -41,17 +43,26 @@ def draw(folders, out, names=None):
         ("policy", [("entropy", "entropy per token (nats)"), ("kl", "KL to the reference"),
                     ("clip_fraction", "clip fraction")]),
     ]
+    watched = [("probes: mean log pi(action), nats", [("probe_good", "good"), ("probe_flawed", "flawed"),
+                                                      ("probe_margin", "margin: good - flawed")])]
+    watched += [(f"held-out flaws, {named}: nats per unit step",
+                 [(f"{part}_{rule}_{kind}", f"{name}, {kind}") for kind in ("flawed", "inadmissible", "repeated")
+                  for part, name in (("leak", "leak"), ("own", "own correction"))])
+                for rule, named in (("plain", "plain gradient"), ("adam", "through Adam"))]
+    panels += [panel for panel in watched if there & {key for key, _ in panel[1]}]
+    count = -(-len(panels) // 2)
+    figure, axes = plt.subplots(count, 2, figsize=(11, 3.75 * count), constrained_layout=True)
     for axis, (title, lines) in zip(axes.flat, panels):
         k = 0
-        for r, folder in enumerate(folders):
-            rows = read_metrics(folder)
+        for r, rows in enumerate(runs):
             prefix = "" if len(folders) == 1 else f"{(names or folders)[r]}: "
             for key, label in lines:
                 points = [(row["iteration"], row[key]) for row in rows if key in row]
                 if points:
                     xs, ys = zip(*points)
                     axis.plot(xs, ys, color=COLORS[k % 7], alpha=0.25, linewidth=0.8)
-                    axis.plot(xs, smooth(ys), color=COLORS[k % 7], linestyle=STYLES[k % 7], label=prefix + label)
+                    ys = ys if title.startswith("held-out") else smooth(ys)  # few points
+                    axis.plot(xs, ys, color=COLORS[k % 7], linestyle=STYLES[k % 7], label=prefix + label)
                     k += 1
             if title == "success":
                 for split in ("L0", "L1", "L2"):
@@ -63,7 +74,10 @@ def draw(folders, out, names=None):
                                       label=f"{prefix}{split}, 95% interval", markersize=5)
                         k += 1
         axis.set(title=title, xlabel="iteration")
-        axis.set_ylim(bottom=0)
+        if title.startswith(("probes", "held-out")):  # of either sign
+            axis.axhline(0, color="k", linewidth=0.5)
+        else:
+            axis.set_ylim(bottom=0)
         if title == "success":
             axis.set_ylim(0, 1)
         axis.grid(alpha=0.3)
@@ -71,6 +85,8 @@ def draw(folders, out, names=None):
             axis.legend(fontsize=8)
         else:
             axis.text(0.5, 0.5, "no classifier in this run", ha="center", transform=axis.transAxes)
+    for axis in list(axes.flat)[len(panels):]:
+        axis.set_visible(False)
     partial = out + ".partial.png"
     figure.savefig(partial, dpi=110)
     plt.close(figure)

@@ -6,8 +6,8 @@ reads the same, through a tokenizer of its own:
 
     {"game": ..., "task_type": ..., "turns": [[observation, command], ...], "probes": {turn: [flaws], ...}}
 
-Half of the probes are good and half flawed, all of actions that occur as both (in different games), since the
-comparison that matters is between an action where it is right and the same where it is not:
+Every action has as many good probes as flawed ones, so that which action it is tells nothing: the comparison
+that matters is between an action where it is right and the same where it is not. Pairs of probes:
 
     A  same action, one good and one flawed    B  same action, both good    (A and B: in different games)
     C  another action, similar state: in the same game
@@ -20,12 +20,13 @@ from collections import defaultdict
 from typing import NamedTuple
 
 import numpy
+import torch
 
 from games import levels
 from games.players import play_expert
 from rollout import FLAWS, Step, judge
-from support.checkpoints import write_atomically
-from support.coupling_report import interval
+from support.batches import forward, micro_batches
+from support.coupling_report import interval, write_lines
 
 GROUPS = {"A": "same action, good and flawed", "B": "same action, both good", "C": "other action, same game",
           "D": "same action, other task type", "E": "any two"}
@@ -45,9 +46,9 @@ def probe_file(args, pool):
     """The episodes in the file `--probes`, made where there is none. Raises ValueError or OSError."""
     if not os.path.exists(args.probes):
         games = levels.level_games(args.env, args.level, "test", args.games, args.task_types)
-        games = [games[i] for i in range(min(len(games), max(16, args.probe_count // 4)))]
+        games = [games[i] for i in range(min(len(games), max(16, args.probe_count // 2)))]
         episodes = make_probes(games, pool, args.max_steps, args.probe_count)
-        write_atomically(args.probes, "".join(json.dumps(episode) + "\n" for episode in episodes))
+        write_lines(args.probes, episodes)
         return episodes
     try:
         with open(args.probes) as file:
@@ -74,18 +75,16 @@ def make_probes(games, pool, max_steps, count=256, sloppy=0.5, seed=0):
             flaws = [name for name in FLAWS if getattr(step, name)]
             steps[command][bool(flaws)].append((len(episodes) - 1, i, flaws))
     rng = numpy.random.default_rng(seed)
-    both = {action: s for action, s in sorted(steps.items())
-            if any(here[0] != there[0] for here in s[True] for there in s[False])}
-    for flawed in (True, False):
-        there = [one for s in both.values() for one in s[flawed]]
-        for k in rng.permutation(len(there))[:count // 2]:
-            episode, i, flaws = there[k]
+    pairs = []
+    for _, by_label in sorted(steps.items()):
+        pairs += zip(*([by_label[label][k] for k in rng.permutation(len(by_label[label]))]
+                       for label in (False, True)))
+    if not pairs:
+        raise ValueError("no probes: in these games no action is now good, now flawed; more --probe-count")
+    for k in rng.permutation(len(pairs))[:max(1, count // 2)]:
+        for episode, i, flaws in pairs[k]:
             episodes[episode]["probes"][str(i)] = flaws
-    found = [e for e in episodes if e["probes"]]
-    if not found:
-        raise ValueError("no probes: in these games no action is good in one and flawed in another; more "
-                         "--probe-count")
-    return found
+    return [episode for episode in episodes if episode["probes"]]
 
 
 def encode(episodes, chat):
@@ -104,6 +103,19 @@ def encode(episodes, chat):
                                     episode["game"], episode["task_type"]))
             tokens = tokens + answer
     return probes
+
+
+@torch.no_grad()
+def probe_logprobs(model, probes, temperature=1.0, micro_tokens=8192):
+    """(n,) log pi(action) of every probe, in float64: the sum over the action's tokens."""
+    model.eval()
+    found = torch.zeros(len(probes), dtype=torch.float64)
+    for chosen in micro_batches(probes, micro_tokens):
+        masks = [probes[i].mask for i in chosen]
+        each = forward(model, [probes[i].tokens for i in chosen], masks, temperature)["logprobs"].cpu()
+        sums = [part.double().sum() for part in each.split([sum(mask) for mask in masks])]
+        found[chosen] = torch.stack(sums)
+    return found
 
 
 def pair_groups(probes):
@@ -156,11 +168,9 @@ def resampled(pairs, values, same, often):
         return total(values) / total(numpy.ones_like(values))
 
 
-def kernel_table(model, grams, probes):
-    """Mean cosines per pair group and block as text, with the intervals of all parameters together."""
-    cells = {block: group_cosines(gram, probes, 1000 if block == "all" else 2)
-             for block, gram in grams.items()}
-    blocks = [block for block in grams if block != "all"]
+def kernel_table(model, cells, probes):
+    """Mean cosines as text; cells: {block: from `group_cosines`}. Intervals: of all parameters together."""
+    blocks = [block for block in cells if block != "all"]
     flawed = sum(p.flawed for p in probes)
     lines = [f"{model}: mean cosine of grad log pi(action), {len(probes) - flawed} good and {flawed} flawed "
              "probes, 95% bootstrap intervals over games",

@@ -19,6 +19,7 @@ from grpo import truncated_importance
 from rollout import pay_success_only, play
 from support.batches import sampled_logprobs
 from support.checkpoints import checkpoints, load_checkpoint, save_checkpoint, write_atomically
+from support.coupling_dynamics import prepare_watch, watch
 from support.curves import draw, read_metrics
 from support.logs import line_of, log, machine, metrics_of, write_samples
 from support.policies import plain_state_dict, sync
@@ -34,7 +35,7 @@ def prepare(run, label, weigh):
     from torch.utils.tensorboard import SummaryWriter
     args = run.args
     os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
-    main = run.accelerator.is_main_process
+    main, run.probes = run.accelerator.is_main_process, prepare_watch(run)
     if args.resume:
         run.done = load_checkpoint(args.out, run.model, run.optimizer, run.value_head, args.device, main)
         run.accelerator.wait_for_everyone()
@@ -53,7 +54,7 @@ def prepare(run, label, weigh):
             parameter.data.copy_(broadcast(parameter.data))  # all begin with the first process's weights
     sync(run.engine, run.model)
     if run.done == 0 and main:
-        log(args.out, run.board, 0, evaluation(run, [args.level], 0))
+        log(args.out, run.board, 0, evaluation(run, [args.level], 0) | watch(run, 0))
 
 
 def collect_episodes(run, games, seed):
@@ -203,6 +204,7 @@ def finish_iteration(run, iteration, episodes, report, sums, row, minutes_left):
     args, last = run.args, iteration == run.args.iterations
     if run.accelerator.is_main_process:
         row = {**metrics_of(episodes, sums), **report, **row, "bad_games": len(report["bad_games"])}
+        row |= watch(run, iteration)
         print(f"{iteration:4d}/{args.iterations}  {line_of(row)}  {minutes_left:.0f} min left", flush=True)
         if last:
             row |= evaluation(run, {"L0": ["L0", "L1"], "L1": ["L1", "L0"], "L2": ["L2"]}[args.level], iteration)

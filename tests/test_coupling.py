@@ -19,8 +19,7 @@ from games import levels
 from rollout import Episode, Step
 from support import coupling_report, coupling_run, probes
 
-ARGS = dict(temperature=1.0, micro_tokens=8192, clip=0.2, kl_coef=0.0, classifier_coef=0.0, head_layer=-1,
-            epo=0.0, credit="grpo", weighting="token")
+ARGS = dict(temperature=1.0, micro_tokens=8192, credit="grpo", weighting="token")
 
 
 # ------------------------------------------------------------ a log-linear policy, where all is known exactly
@@ -299,7 +298,9 @@ def test_probes_are_what_the_judge_says_and_the_same_again(chat, pool, tmp_path)
     made = probes.make_probes(games, pool, 15, count=16)
     assert made == probes.make_probes(games, pool, 15, count=16)
     seen = probes.encode(made, chat)
-    assert len(seen) == 16 and sum(p.flawed for p in seen) == 8
+    assert len(seen) == 16
+    for action in {p.action for p in seen}:  # which action it is tells nothing
+        assert sum(1 if p.flawed else -1 for p in seen if p.action == action) == 0
     turns = {game.name: turns for game, turns, _ in play_expert(games, pool, 15, sloppy=0.5)}
     for episode in made:
         for i, flaws in episode["probes"].items():
@@ -308,8 +309,7 @@ def test_probes_are_what_the_judge_says_and_the_same_again(chat, pool, tmp_path)
             assert episode["turns"][int(i)][1] == command
     for probe in seen:
         assert chat.tokenizer.decode([t for t, kept in zip(probe.tokens, probe.mask) if kept]) == probe.action
-        others = [p for p in probes.encode(made, chat) if p.action == probe.action]
-        assert probe.tokens[-1] == chat.eos and not probe.mask[-1] and others
+        assert probe.tokens[-1] == chat.eos and not probe.mask[-1]
 
 
 # ----------------------------------------------------------------------------------------------- the command
