@@ -177,8 +177,8 @@ def table(result):
     if result["truncated"]:
         lines.append(f"{result['truncated']} episodes ended because the context was full")
     if result.get("bad_games"):
-        bad = result["bad_games"]
-        lines.append(f"skipped {len(bad)} games that cannot be played: {bad[0]} ...")
+        lines.append(f"skipped {len(result['bad_games'])} games that cannot be played:")
+        lines += [f"    {why}" for why in result["bad_games"]]
     return "\n".join(lines)
 
 
@@ -265,7 +265,8 @@ def run(args, folder):
         games = levels.list_games(args.env, args.split, args.games, types_played, args.count, quiet)
     else:
         games = levels.level_games(args.env, args.level, "test", args.games, types, args.count, quiet)
-    steps = args.max_steps or levels.max_steps(kind, types)
+    steps = args.max_steps or (levels.max_steps(kind, types_played) if args.split else
+                               levels.level_max_steps(args.env, args.level, kind, types, ["test"]))
     about = {"agent": args.agent, "env": args.env, "games_from": kind, "split": args.split,
              "level": None if args.split else args.level, "max_steps": steps, "seed": args.seed,
              "skipped": skipped}
@@ -281,7 +282,7 @@ def run(args, folder):
             result, _ = evaluate(engine, pool, chat, games, steps, args.seed, args.batch, args.max_context,
                                  args.show_actions)
     if not result["games"]:
-        raise ValueError(f"none of the {len(games)} games can be played: {result['bad_games'][0]}")
+        raise ValueError(f"none of the {len(games)} games can be played: {'; '.join(result['bad_games'])}")
     return {**about, **result}
 
 

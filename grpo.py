@@ -72,12 +72,13 @@ def token_weights(step_of_token, episode_of_token, weighting="token"):
 
 
 def k3(logprobs, ref_logprobs, limit=5.0):
-    """Schulman's estimator of KL(pi || pi_ref) per sampled token, eq. (4): unbiased and never negative. (N,)
+    """Schulman's estimator of KL(pi || pi_ref) per sampled token, eq. (4): never negative, and unbiased where
+    no token is beyond `limit`. (N,)
 
     Two traps. As a *loss* its gradient is (1 - exp(d)) grad log pi, whose mean over samples is the gradient
-    of the other divergence, KL(pi_ref || pi). And exp(d) is unbounded: one token that the policy had given up
-    made a batch mean of 225 nats. Beyond d = `limit` k3 goes on as a straight line, so that a token's pull
-    back is at most exp(limit) - 1.
+    of the other divergence, KL(pi_ref || pi). And exp(d) is unbounded: presumably one token that the policy
+    had given up made a batch mean of 225 nats. Beyond d = `limit` k3 goes on as a straight line, so that a
+    token's pull back is at most exp(limit) - 1.
 
     >>> [round(x, 3) for x in k3(torch.tensor([-1., -1., -20.]), torch.tensor([-1., 0., -1.])).tolist()]
     [0.0, 0.718, 2206.197]

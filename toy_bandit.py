@@ -1,6 +1,6 @@
 """Why flaws survive GRPO, and what helps: the paper's argument on problems small enough to compute exactly.
 
-    python toy_bandit.py                  # four tables, four figures in runs/toy, under a minute on a laptop
+    python toy_bandit.py                  # four tables, four figures in runs/toy, a minute on a laptop
 
 1. *Negative expected advantage.* Inside successful episodes an outcome reward praises a flawed step. In those
    that the flaw makes fail it punishes it more: the expectation over both is negative.

@@ -1,6 +1,6 @@
 """GRPO with the good/bad classifier (GCD) on text games, the whole loop.
 
-    python train.py --env alfworld                        # laptop, no GPU, no data: some 10 minutes
+    python train.py --env alfworld                        # laptop, no GPU, no data: 13 to 20 minutes
     python train.py --env alfworld --classifier none      # GRPO alone, the baseline
     python train.py --env alfworld --games official       # ALFWorld's own games (set ALFWORLD_DATA)
     python train.py --env alfworld --model Qwen/Qwen2.5-1.5B-Instruct --lr 1e-6
@@ -75,7 +75,7 @@ def train(args, run):
         batch.labels = batch.true_labels = LABELS[args.labels](batch, run)                      # (S,)
         batch.labels = CONTROLS[args.control](batch, seed)  # unchanged, but for a control of an experiment
 
-        # 4. Credit: rules other than GRPO's look at single steps.
+        # 4. Credit: other rules look at single steps; `grpo`, the default, gives the advantages above again.
         batch.advantages = CREDIT[args.credit](episodes, args.advantage == "std", batch.labels)  # (S,)
 
         # 5. Whole groups for each optimizer step, their weights, and what the reference says of their tokens.
@@ -242,7 +242,7 @@ def parse_arguments():
     flag("--warmup", type=int, default=3, help="iterations over which the rate rises")
     flag("--lr-end", type=float, default=0.0, help="the rate falls to this share of its peak; 1: constant")
     flag("--clip", type=float, default=0.2, help="clip range of the ratio, eq. 3")
-    flag("--kl-coef", type=float, default=0.01, help="weight of the KL to the start; 0 saves a pass")
+    flag("--kl-coef", type=float, default=0.01, help="weight of the KL to --model; 0 saves a pass")
     flag("--credit", default="grpo", choices=list(CREDIT), help="outcomes to advantages of steps: credit.py")
     flag("--epo", type=float, default=0.0, help="weight of EPO's entropy smoothing (the paper's: 0.001)")
     flag("--advantage", default="std", choices=["std", "mean"], help="divide by the group's std, or do not")

@@ -5,7 +5,7 @@
     observation = world.step("go to shelf 1")
 
 Stock ALFWorld translates the same PDDL problem four times a reset and parses the same grammar snippets at every step.
-All of that is a pure function of its text, so we remember it: `bench.py` measures the ratio, and `tests/test_envs.py`
+All of that is a pure function of its text, so we remember it: `support/bench.py` measures the ratio, and `tests/test_envs.py`
 replays games on both and compares every observation and every list of admissible commands.
 """
 

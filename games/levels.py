@@ -119,6 +119,8 @@ def list_games(env="alfworld", split="train", games="auto", task_types=None, cou
     if split not in SPLITS[env]:
         raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS[env])}")
     wanted = named_task_types(env, task_types)
+    if count is not None and count < 1:
+        raise ValueError(f"{count} games are none: ask for at least 1")
     if env == "scienceworld":
         there = {task: variations(task, split) for task in sorted(wanted)}
         shares = even_shares([len(v) for v in there.values()], count or sum(map(len, there.values())))
@@ -146,8 +148,7 @@ def list_games(env="alfworld", split="train", games="auto", task_types=None, cou
         if count and len(playable) == count:
             break
     if skipped:
-        named = "; ".join(skipped[:20]) + (" ..." if skipped[20:] else "")
-        warn(f"skipped {len(skipped)} of {len(paths)} games: {named}")
+        warn(f"skipped {len(skipped)} of {len(paths)} games: {'; '.join(skipped)}")
     if not playable:
         raise FileNotFoundError(f"no playable games of {split} in {root}")
     return playable
@@ -169,7 +170,7 @@ def even_shares(sizes, count):
     ([2, 2, 2], [1, 4, 4], [1, 0, 1, 0])
     """
     shares, left = [0] * len(sizes), min(count, sum(sizes))
-    while left:
+    while left > 0:
         able = [i for i, size in enumerate(sizes) if shares[i] < size]
         each = max(1, left // len(able))
         for i in able if left >= len(able) else [able[j] for j in spread(len(able), left)]:
@@ -240,6 +241,25 @@ def max_steps(games, task_types=None):
         return MAX_STEPS[games]
     chosen = named_task_types("scienceworld", task_types)
     return max(SOLUTION_STEPS.get(task, MAX_STEPS[games]) for task in chosen)
+
+
+def level_max_steps(env, level, games, task_types=None, parts=("train", "test")):
+    """`max_steps` of the tasks that a level trains on or tests, and of no others.
+
+    >>> level_max_steps("scienceworld", "L2", "simulator")
+    321
+    >>> level_max_steps("scienceworld", "L2", "simulator", parts=["test"])
+    177
+    """
+    if env != "scienceworld" or list(task_types or []) == ["short"]:
+        return max_steps(games, task_types)
+    played = []
+    for part in parts:
+        try:
+            played += level_task_types(env, level, part, task_types)
+        except ValueError:  # nothing of what was chosen: whoever lists those games says so
+            continue
+    return max_steps(games, played or task_types)
 
 
 def level_games(env, level, part, games="auto", task_types=None, count=None, warn=print):

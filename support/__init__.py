@@ -1,11 +1,13 @@
 """What the lesson needs and does not teach: set-up, files, processes, logs.
 
-May import: everything of ours. Nothing of the method (losses, advantages, labels) is defined here.
+May import: everything of ours. No loss and no advantage is defined here; of the method there are the sources of labels and the
+controls of an experiment, beside what the top folder has.
 
 setup.py run.py    from arguments to a run; what a run does around the method, one named call each
 batches.py         episodes laid end to end, and the part of them that a micro-batch needs
 labels.py          the label sources, and controls.py what takes something away from them
-critic.py          a language model as judge            label_table.py   which labels agree with the oracle?
+critic.py          a language model as judge
+label_table.py     which labels agree with the oracle, which credit rules punish flaws? label_figures.py draws it
 warmup.py          before RL: a policy that never saw the classifier's question learns it
 policies.py        the tiny policy; loading, saving, LoRA, half precision of any
 processes.py       several processes: shares of the work, sums over them, weights spread over them (FSDP)
@@ -13,8 +15,10 @@ checkpoints.py     checkpoints that appear complete or not at all; resuming
 logs.py curves.py  what a run logs; curves.png from it
 demonstrations.py  what experts do as training data, or as a chat dataset
 tags.py            RLVMR's tags for what experts do
+lesson.py          one real episode, from text to loss, as a page of tables
 toy_figures.py     the four figures of toy_bandit.py
 coupling_run.py    coupling.py's flags and episodes; coupling_report.py its tables, coupling_figures.py its pictures,
-                   probes.py its probe set and kernel
+                   probes.py its probe set and kernel, representation.py what the layers make of them,
+                   coupling_dynamics.py leak and own correction while a policy learns
 bench.py           speeds as ratios: python -m support.bench
 """

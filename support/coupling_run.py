@@ -168,7 +168,7 @@ def choose_games(args):
     kind = levels.choose_games(args.games, args.env)
     ours = all(notes_of(folder).get("prompt") == "short" for folder in args.model)
     args.task_types = args.task_types or (["short"] if ours and args.env == "scienceworld" else None)
-    args.max_steps = args.max_steps or levels.max_steps(kind, args.task_types)
+    args.max_steps = args.max_steps or levels.level_max_steps(args.env, args.level, kind, args.task_types)
     args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     games = levels.level_games(args.env, args.level, "train", args.games, args.task_types)
     count = args.episodes // args.group_size

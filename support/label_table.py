@@ -29,12 +29,14 @@ import torch
 
 from classifier_loss import flaw_labels, outcome_labels, rule_labels
 from credit import CREDIT
-from engines.torch_engine import TorchEngine
 from games import levels, oracle
 from games.game import BadGame
 from games.pool import EnvPool, make_world
 from rollout import FLAWS, play
-from support.policies import SHIPPED, load_policy, make_chat
+from support.policies import SHIPPED
+from support.setup import PLAYED, player
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 PUBLISHED = {"progress in lost": 0.22, "no progress in won": 0.65}  # GraphGPO, ALFWorld
 MEASURES = ("labelled", "bad precision", "bad recall", "good precision", "good recall")
@@ -163,12 +165,12 @@ def collect(args, pool):
     types = args.task_types or (["short"] if args.env == "scienceworld" else None)
     games = levels.level_games(args.env, "L1", "train", args.games, types)
     games = levels.sample_games(games, args.count, args.seed)
-    folder = args.model or os.path.join("policies", SHIPPED[args.env])
-    model, tokenizer = load_policy(folder)
-    chat, tiny = make_chat(tokenizer, args.env, folder)
-    engine = TorchEngine(model, chat.ends, max_new_tokens=24 if tiny else 512)
-    steps = args.max_steps or levels.max_steps(levels.choose_games(args.games, args.env), types)
-    episodes, report = play(engine, pool, chat, games, args.group_size, steps, 2048 if tiny else 8192, args.seed)
+    folder = args.model or os.path.join(ROOT, "policies", SHIPPED[args.env])
+    how = argparse.Namespace(**{name: None for name in PLAYED} | vars(args), device="cpu", shard=False, engine_memory=0.9,
+                             tensor_parallel=1)
+    engine, chat = player(how, folder)
+    steps = args.max_steps or levels.level_max_steps(args.env, "L1", levels.choose_games(args.games, args.env), types)
+    episodes, report = play(engine, pool, chat, games, args.group_size, steps, how.max_context, args.seed, how.show_actions)
     if report["bad_games"]:
         print(f"skipped {len(report['bad_games'])} games that cannot be played: {report['bad_games'][0]}", file=sys.stderr)
     number = {group: i for i, group in enumerate(sorted({episode.group for episode in episodes}))}

@@ -135,7 +135,7 @@ def compare_engine(run, gaps, sums):
     if len(sums) > 1:
         return
     gap = sums[0]["engine_gap"] = sums[0]["gap"] if gaps[0] is None else sum(gaps) / len(gaps)
-    if gap > run.args.engine_gap:  # the same number on all processes: they stop together
+    if not gap <= run.args.engine_gap:  # also where it is not a number; the same number on all processes: they stop together
         sys.exit(f"train.py: the engine's log-probabilities are {gap:.3f} nats per token from the trainer's (--engine-gap "
                  f"{run.args.engine_gap}): its weights are stale or its arithmetic differs; use --engine torch or "
                  "--precision float32, or a model whose embeddings are not tied")

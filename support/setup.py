@@ -18,6 +18,7 @@ from engines.torch_engine import TorchEngine
 from games import levels
 from games.pool import EnvPool
 from support.batches import make_question
+from support.checkpoints import checkpoints
 from support.controls import Detached
 from support.policies import (answer_tokens, check_tags, compute_in_bfloat16, load_policy, make_chat, notes_of,
                               trainable)
@@ -34,9 +35,15 @@ def settled(args, error):
         try:
             with open(os.path.join(args.resume, "config.json")) as file:
                 stored = json.load(file)
+            if not {"env", "iterations", "classifier"} <= stored.keys():  # a checkpoint has a config.json, too: the model's
+                raise ValueError
             args = argparse.Namespace(**{**vars(args), **stored, "resume": args.resume, "out": args.resume})
-        except (OSError, TypeError, ValueError):
-            error(f"--resume {args.resume}: no config.json of a run in there")
+        except (AttributeError, OSError, TypeError, ValueError):
+            folder, name = os.path.split(os.path.normpath(args.resume))
+            error(f"--resume {args.resume}: no config.json of a run in there" +
+                  (f"; did you mean --resume {folder or '.'}?" if name.startswith("checkpoint-") else ""))
+    elif args.out and (checkpoints(args.out) or os.path.exists(os.path.join(args.out, "metrics.jsonl"))):
+        error(f"--out {args.out}: there is a run in it: go on with --resume {args.out}, or name another folder")
     check(args, error)
     return args
 
@@ -44,9 +51,16 @@ def settled(args, error):
 def check(args, error):
     """Refuse arguments that cannot be meant, by `error(one line)`; fill in the number of iterations."""
     args.iterations = {"alfworld": 32, "scienceworld": 10}[args.env] if args.iterations is None else args.iterations
-    for name in ("iterations", "tasks", "group_size", "updates", "micro_tokens", "workers", "save_every"):
-        if getattr(args, name) < 1:
+    for name in ("iterations", "tasks", "group_size", "updates", "micro_tokens", "workers", "save_every", "norms_every",
+                 "questions", "max_steps", "max_new_tokens", "max_context"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("epo", "lora_rank", "kl_coef", "warmup", "warmup_updates", "eval_games", "classifier_coef", "coupling_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 0:
+            error(f"--{name.replace('_', '-')} must not be negative")
+    for name in ("lr", "head_lr", "clip", "tis_clip", "max_norm", "engine_gap"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            error(f"--{name.replace('_', '-')} must be positive")
     if args.group_size < 2:
         error("--group-size must be at least 2: an advantage compares episodes of one game")
     if args.updates > args.tasks:
@@ -59,12 +73,6 @@ def check(args, error):
         error("--control stop-gradient goes with --classifier value: the generative form has no head of its own to learn")
     if args.labels == "critic" and not (args.critic_url and args.critic_model):
         error("--labels critic needs --critic-url and --critic-model: an OpenAI-compatible address and a model there")
-    if args.epo < 0:
-        error("--epo must not be negative")
-    if args.lora_rank < 0:
-        error("--lora-rank must not be negative")
-    if args.tis_clip <= 0:
-        error("--tis-clip must be positive")
     if args.temperature <= 0:
         error("--temperature must be positive in training: greedy episodes of a group are all the same")
 
@@ -77,7 +85,7 @@ def setup(args):
     args.games = levels.choose_games("auto" if args.games == "simulator" else args.games, args.env)
     if args.env == "scienceworld" and not args.task_types and args.model == "tiny":
         args.task_types = ["short"]
-    args.max_steps = args.max_steps or levels.max_steps(args.games, args.task_types)
+    args.max_steps = args.max_steps or levels.level_max_steps(args.env, args.level, args.games, args.task_types)
     args.eval_games = {"alfworld": 200, "scienceworld": 300}[args.env] if args.eval_games is None else args.eval_games
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # the others wait while one evaluates
     accelerator = Accelerator(cpu=args.device == "cpu", kwargs_handlers=[patience])
@@ -88,7 +96,7 @@ def setup(args):
         raise ValueError("--shard spreads the weights over several processes: start them with torchrun or accelerate launch")
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")  # one process speaks
-    args.device = args.device if args.device != "auto" else str(accelerator.device)
+    args.device = usable(args.device if args.device != "auto" else str(accelerator.device))
     choose_engine(args)
     args.out = args.out or f"runs/{args.env}-{args.classifier}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     args.out = broadcast_object_list([args.out])[0]  # the clocks of several processes differ
@@ -130,6 +138,16 @@ def setup(args):
         skipped_in_a_row=0, turn_entropies=[], bad_games=set(), done=0, board=None)
 
 
+def usable(device):
+    """The device's name, where tensors can be on it. Raises ValueError, one line."""
+    try:
+        torch.zeros(1, device=device)
+    except Exception as error:  # no such device, no such kind of device, a driver that is too old: each in its own way
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here ({why}): auto takes what there is") from error
+    return device
+
+
 def make_optimizer(args, model, value_head):
     """AdamW. The value head has a group and a rate of its own: at a language model's 1e-6 it would never learn (and one
     group must not mix weights that are spread over processes with weights that are not)."""
@@ -148,7 +166,7 @@ def fill_limits(args, ours, tags):
 def check_episodes(args, episodes, bad_games):
     """End the run, by one line, where nothing was played."""
     if not episodes:
-        sys.exit(f"train.py: none of the games can be played: {bad_games[0]}")
+        sys.exit(f"train.py: none of the {len(bad_games)} games can be played: {'; '.join(bad_games)}")
     if not all(e.steps for e in episodes):
         sys.exit(f"train.py: --max-context {args.max_context} is too small for a first prompt and one answer")
 
@@ -192,7 +210,7 @@ def player(args, folder):
         if getattr(args, name) is None:
             setattr(args, name, notes.get(name, defaults.get(name)))
     choose_engine(args)
-    model, tokenizer = load_policy(folder, args.device)
+    model, tokenizer = load_policy(folder, usable(args.device))
     chat, ours = make_chat(tokenizer, args.env, folder)
     fill_limits(args, ours, chat.tags)
     if in_half(args):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from classifier_loss import generative_loss, value_head_loss
 from games import levels
 from rollout import play
+from support.controls import CONTROLS
 from support.batches import forward, lay_out, micro_batches
 from support.setup import ADAMW, check_episodes
 
@@ -31,16 +32,19 @@ def warm_up(run, label, weigh):
         batch = lay_out([episodes[i] for i in torch.randperm(len(episodes), generator=generator)[:16].tolist()])
         batch.advantages = 2 * batch.won.float() - 1  # for labels by outcome
         batch.labels = label(batch, run)
+        # A control must not see the truth here either: this much of it alone removes the toy's flaw.
+        batch.labels = CONTROLS[args.control](batch, int(torch.randint(2**31, (), generator=generator)))
         return weigh(args, batch, int(torch.randint(2**31, (), generator=generator)))
 
     first, last = supervise(run.model, optimizer, draw, run.question, run.value_head, args.warmup_updates,
-                            args.micro_tokens, args.seed)
+                            args.micro_tokens, args.seed, args.head_layer, args.temperature)
     if args.classifier != "none":
         print(f"warm-up: L_cls {first:.2f} -> {last:.2f} in {args.warmup_updates} supervised updates   (--warmup-updates)",
               flush=True)
 
 
-def supervise(model, optimizer, draw, question=None, value_head=None, updates=40, max_tokens=8192, seed=0):
+def supervise(model, optimizer, draw, question=None, value_head=None, updates=40, max_tokens=8192, seed=0,
+              head_layer=-1, temperature=1.0):
     """Updates on L_cls - sum_t w_t log pi(own token t). `draw(generator)`: a weighed batch of own episodes.
 
     Returns L_cls at the first and at the last update.
@@ -52,8 +56,8 @@ def supervise(model, optimizer, draw, question=None, value_head=None, updates=40
         optimizer.zero_grad(set_to_none=True)
         for micro in micro_batches(batch.episodes, max_tokens):
             part = batch.part(micro, next(model.parameters()).device)
-            out = forward(model, part.sequences, part.sampled, branches=part.branches(question), value_head=value_head,
-                          action_ends=part.action_ends)
+            out = forward(model, part.sequences, part.sampled, temperature, part.branches(question), value_head,
+                          part.action_ends, head_layer)
             classifier = torch.zeros((), device=out["logprobs"].device)
             if "verdicts" in out:
                 classifier = classifier + generative_loss(out["verdicts"], part.question_weights[part.question_weights > 0])

@@ -53,11 +53,11 @@ def test_token_weights_by_hand():
 def test_loss_by_hand():
     # ratios 1.5, 0.5, 1.5, 0.5 with advantages +, +, -, -: clipped are the 1st (above, +) and the 4th (below, -)
     ratio = torch.tensor([1.5, 0.5, 1.5, 0.5])
-    advantages, weights = torch.tensor([2.0, 2.0, -2.0, -2.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    advantages, weights = torch.tensor([2.0, 2.0, -2.0, -2.0]), torch.tensor([0.1, 0.2, 0.4, 0.3])
     loss, stats = grpo_loss(ratio.log(), torch.zeros(4), advantages, weights, clip=0.2)
-    assert loss.item() == pytest.approx(-(0.1 * 1.2 * 2 + 0.2 * 0.5 * 2 - 0.3 * 1.5 * 2 - 0.4 * 0.8 * 2), rel=1e-5)
-    assert stats["clip_fraction"].item() == pytest.approx(0.5)
-    assert stats["ratio"].item() == pytest.approx(0.15 + 0.1 + 0.45 + 0.2)
+    assert loss.item() == pytest.approx(-(0.1 * 1.2 * 2 + 0.2 * 0.5 * 2 - 0.4 * 1.5 * 2 - 0.3 * 0.8 * 2), rel=1e-5)
+    assert stats["clip_fraction"].item() == pytest.approx(0.1 + 0.3)
+    assert stats["ratio"].item() == pytest.approx(0.15 + 0.1 + 0.6 + 0.15)
 
 
 def test_gradient_stops_where_clipped_and_is_reinforce_at_ratio_one():

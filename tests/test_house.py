@@ -3,6 +3,7 @@
 import ast
 import io
 import os
+import re
 import subprocess
 import sys
 import tokenize
@@ -117,3 +118,19 @@ def comment_lines(source):
         if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
             lines |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return len(lines)
+
+
+def test_each_folder_says_what_lives_there():
+    for folder in FOLDERS:
+        text = ast.get_docstring(ast.parse(read(f"{folder}/__init__.py")))
+        names = [name for name in os.listdir(os.path.join(ROOT, folder)) if name.endswith(".py") and name != "__init__.py"]
+        assert names and [name for name in names if name not in text] == []
+
+
+def test_links_in_the_documents_lead_somewhere():
+    pages = ["README.md", "EXPERIMENTS.md", "experiments/README.md"] + [f"docs/{n}" for n in os.listdir(os.path.join(ROOT, "docs"))
+                                                                       if n.endswith(".md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s]+)", read(page)):
+            if "://" not in target:
+                assert os.path.exists(os.path.join(ROOT, os.path.dirname(page), target)), (page, target)

@@ -1,5 +1,6 @@
 """The loop as a user runs it: what it writes, resumed against uninterrupted, bad input."""
 
+import glob
 import importlib.util
 import json
 import os
@@ -194,6 +195,12 @@ def test_metrics_have_what_the_readme_promises(whole_run):
     (["--level", "L2", "--task-types", "5", "6"], "none of the chosen --task-types is trained at level L2"),
     (["--task-types", "fly"], "unknown task type 'fly'"),
     (["--lora-rank", "-1"], "--lora-rank must not be negative"),
+    (["--norms-every", "0"], "--norms-every must be at least 1"),
+    (["--lr", "0"], "--lr must be positive"),
+    (["--kl-coef", "-1"], "--kl-coef must not be negative"),
+    (["--device", "nonsense"], "--device nonsense cannot be used here"),
+    (["--out", "HOLDS-A-RUN"], "there is a run in it: go on with --resume"),
+    (["--resume", "CHECKPOINT"], "no config.json of a run in there; did you mean --resume"),
     (["--tis-clip", "0"], "--tis-clip must be positive"),
     (["--labels", "critic"], "--labels critic needs --critic-url and --critic-model"),
     (["--control", "stop-gradient", "--classifier", "generative"], "has no head of its own to learn"),
@@ -204,8 +211,11 @@ def test_metrics_have_what_the_readme_promises(whole_run):
     pytest.param(["--engine", "vllm"], "--engine vllm needs vLLM", marks=pytest.mark.skipif(
         importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")),
 ])
-def test_bad_input_is_one_clear_line(arguments, message, small_policy, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_clear_line(arguments, message, small_policy, whole_run, tmp_path, monkeypatch, capsys):
     """In this process, since importing torch twenty times takes two minutes; what is no SystemExit fails the test."""
+    there = {"HOLDS-A-RUN": whole_run[0], "CHECKPOINT": os.path.join(whole_run[0], "checkpoint-000004")}
+    arguments = [there.get(one, one) for one in arguments]
+    before = sorted((path, os.path.getmtime(path)) for path in glob.glob(os.path.join(whole_run[0], "**"), recursive=True))
     if "--out" not in arguments and "--resume" not in arguments:
         arguments = ["--out", str(tmp_path / "run"), *arguments]
     if "--model" not in arguments:
@@ -222,6 +232,7 @@ def test_bad_input_is_one_clear_line(arguments, message, small_policy, tmp_path,
     with pytest.raises(SystemExit) as stopped:
         train.main()
     assert stopped.value.code != 0 and message in f"{stopped.value.code}{capsys.readouterr().err}"
+    assert before == sorted((path, os.path.getmtime(path)) for path in glob.glob(os.path.join(whole_run[0], "**"), recursive=True))
 
 
 def test_bad_input_is_one_clear_line_on_the_screen_too():
