@@ -41,6 +41,7 @@ from games import levels
 from grpo import group_advantages, grpo_loss, token_weights
 from support.batches import deal, forward, lay_out, micro_batches
 from support.controls import CONTROLS, classifier_coef
+from support.corrections import correct
 from support.critic import NoCritic
 from support.labels import LABELS
 from support.logs import Tally
@@ -96,7 +97,7 @@ def train(args, run):
         # 7. Log, save, evaluate at the end.
         now = time.perf_counter()
         row = {"groups_without_signal": 1.0 - signal.float().mean().item(), "seconds_play": played - clock,
-               "seconds_update": now - played}
+               "seconds_update": now - played, **correct(run, episodes)}  # what the next prompts say
         left = (time.time() - begin) / (iteration - run.done) * (args.iterations - iteration) / 60
         finish_iteration(run, iteration, episodes, report, sums, row, minutes_left=left)
 
@@ -246,6 +247,8 @@ def parse_arguments():
          "subtract its mean")
     flag("--weighting", default="token", choices=["token", "step", "episode"], help="what counts equally in "
          "the loss")
+    flag("--correct", type=float, default=0.0, metavar="THRESHOLD", help="an instruction joins the prompt "
+         "against each flaw that more than this share of steps has: support/corrections.py; 0: none")
     flag("--max-norm", type=float, default=1.0, help="gradient clipping")
     flag("--micro-tokens", type=int, default=8192, help="padded tokens per forward pass: memory, never the "
          "objective")
@@ -265,7 +268,7 @@ def parse_arguments():
          "episode of the batch")
     flag("--warmup-updates", type=int, help="supervised updates on L_cls before RL, in every arm alike (also "
          "with --classifier none), since a policy trained on games alone cannot answer the question (default "
-         "40 for our tiny policies, 0 for others)")
+         "40 for our tiny policies, 0 for others and where cold_start.py --critic has taught it)")
     flag("--norms-every", type=int, default=8, help="iterations between measurements of the gradient norms "
          "of L_GRPO and lambda L_cls apart (two more backward passes each)")
     flag = parser.add_argument_group("the run").add_argument
