@@ -12,10 +12,17 @@
     # RLVMR's format, for train.py --credit rlvmr: each answer opens with a tag; slips give something to reflect on
     python cold_start.py --out policies/tags --tags --sloppy 0.3 --init policies/tiny --episodes 3000 --epochs 2 \
         --lr 1.5e-3
+    # to judge as well: the question that train.py's classifiers ask, with critiques and a value head (docs/cold-starts.md)
+    python cold_start.py --out policies/judge --critic both --sloppy 0.5 --init policies/tiny --episodes 2000 --epochs 1 \
+        --lr 1e-3
+    # to follow the instructions of train.py --correct
+    python cold_start.py --out policies/obeys --correct --sloppy 0.5 --init policies/tiny --episodes 4000 --epochs 1 \
+        --lr 1e-3
 
 **The cold start** imitates an expert: cross-entropy on the expert's answers, and with a small weight on the
 observations as well, since predicting what the world answers teaches a model from scratch to copy names, which
-choosing an action needs (`--lm-coef 0` gives plain supervised fine-tuning, as in the paper).
+choosing an action needs (`--lm-coef 0` gives plain supervised fine-tuning, as in the paper). With `--critic` it learns
+to tell the expert's good actions from its careless ones, too, in words, by a value head, or both: support/critiques.py.
 """
 
 import argparse
@@ -28,20 +35,23 @@ import torch
 from tqdm import tqdm
 
 from games import levels
+from support.checkpoints import write_trainer
+from support.critic import NoCritic
+from support.critiques import CRITIC, QUESTION_LONG, lesson_loss, make_critic, make_lesson
 from support.demonstrations import expert_episodes, play_expert, write_messages
 from games.pool import EnvPool
 from games.experts import FITS
 from support.policies import SHIPPED, add_tags, load_policy, make_chat, save_policy, tiny_model, train_tokenizer
 from support.tags import thoughts
-from rollout import NO_ACTION, QUESTION, VERDICTS, SYSTEM, ChatFormat, system_prompt
-from actor import token_logprobs
+from rollout import CORRECTIONS, NO_ACTION, QUESTION, VERDICTS, SYSTEM, ChatFormat, system_prompt
+from actor import forward
 
 
 def tokenizer_texts(games, pool, tags=False):
     """What the policy will read and write: the expert's episodes, and every name ALFWorld has."""
     env = games[0].env
     texts = ["system\n", "user\n", "assistant\n"] * 1000
-    texts += [system_prompt(env, True, tags), NO_ACTION, QUESTION, *VERDICTS] * 20
+    texts += [system_prompt(env, True, tags), NO_ACTION, QUESTION, QUESTION_LONG, *VERDICTS, *CORRECTIONS.values()] * 20
     if env == "alfworld":
         names = sorted(set(FITS) | {o for objects in FITS.values() for o in objects} | {"desklamp", "floorlamp"})
         texts += [f" {name}" for name in names] * 20
@@ -61,17 +71,23 @@ def tokenizer_texts(games, pool, tags=False):
 
 # ------------------------------------------------------------------------------------------------- supervised training
 
-def cold_start(model, episodes, epochs=1, batch=64, lr=2e-3, lm_coef=0.1, seed=0, progress=True, stop=None):
-    """Supervised training in place: cross-entropy on the expert's tokens + lm_coef * cross-entropy on the others.
+def cold_start(model, episodes, epochs=1, batch=64, lr=2e-3, lm_coef=0.1, seed=0, progress=True, stop=None,
+               lesson=None, value_head=None, critic_coef=0.3, head_lr=1e-3):
+    """Supervised training in place: cross-entropy on the expert's tokens + lm_coef * cross-entropy on the others
+    + critic_coef * L_cls, where there is a lesson.
 
-    Both are means over their own tokens of a batch. Learning rate: linear warm-up, then cosine to a tenth.
-    Fewer episodes than `batch` are one batch; none raise ValueError.
+    The first two are means over their own tokens of a batch. Learning rates (the value head has its own, as in
+    train.py): linear warm-up, then cosine to a tenth. Fewer episodes than `batch` are one batch; none raise ValueError.
+
+    lesson: from the episodes of a batch and a generator to a `support.critiques.Lesson`.
     """
     if not episodes:
         raise ValueError("no episodes to learn from: the expert won none of the games within --max-steps")
     batch = min(batch, len(episodes))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    shuffle = torch.Generator().manual_seed(seed)
+    parts = [{"params": list(model.parameters()), "peak": lr}]
+    parts += [{"params": list(value_head.parameters()), "peak": head_lr}] if value_head else []
+    optimizer = torch.optim.AdamW(parts, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    shuffle, choose = (torch.Generator().manual_seed(seed) for _ in range(2))  # same batches with a lesson and without
     total, done = epochs * (len(episodes) // batch), 0
     warmup = min(100, max(1, total // 2))
     bar = tqdm(total=total, desc="cold start", disable=not progress)
@@ -82,30 +98,26 @@ def cold_start(model, episodes, epochs=1, batch=64, lr=2e-3, lm_coef=0.1, seed=0
         batches = [p[i:i + batch] for p in pools for i in range(0, len(p) - batch + 1, batch)]
         for k in torch.randperm(len(batches), generator=shuffle).tolist():
             chosen = [episodes[j] for j in batches[k]]
-            width = max(len(e.tokens) for e in chosen)
-            tokens = torch.zeros(len(chosen), width, dtype=torch.long)                                  # (B, T)
-            weight = torch.zeros(len(chosen), width, dtype=torch.long)                                  # 0 pad 1 given 2 expert
-            for row, e in enumerate(chosen):
-                tokens[row, :len(e.tokens)] = torch.tensor(e.tokens)
-                weight[row, :len(e.tokens)] = torch.tensor(e.sampled).long() + 1
-            # Right padding needs no mask: under causal attention no real token sees what comes after it.
-            tokens = tokens.to(model.device)
-            hidden = model.get_decoder()(input_ids=tokens).last_hidden_state[:, :-1]                    # (B, T-1, D)
-            kind = weight[:, 1:].to(model.device)                                                       # (B, T-1)
-            wanted = kind == 2 if lm_coef == 0 else kind > 0
-            logprobs, _ = token_logprobs(hidden[wanted], model.get_output_embeddings(), tokens[:, 1:][wanted])
-            expert_loss = -logprobs[kind[wanted] == 2].mean()
-            given_loss = -logprobs[kind[wanted] == 1].mean() if lm_coef else torch.zeros_like(expert_loss)
-            rate = lr * min((done + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * min(1.0, done / max(1, total))))
+            asked = lesson(chosen, choose) if lesson else None
+            # With --lm-coef 0 the expert's tokens alone are scored, else all but the first, which nothing predicts.
+            scored = [e.sampled if lm_coef == 0 else [False] + [True] * (len(e.tokens) - 1) for e in chosen]
+            out = forward(model, [e.tokens for e in chosen], scored, branches=asked and asked.branches,
+                          value_head=value_head, action_ends=[[step.end for step in e.steps] for e in chosen])
+            ours = torch.tensor([s for e, row in zip(chosen, scored) for s, yes in zip(e.sampled, row) if yes])   # (N,)
+            expert_loss = -out["logprobs"][ours].mean()
+            given_loss = -out["logprobs"][~ours].mean() if lm_coef else torch.zeros_like(expert_loss)
+            critic_loss = lesson_loss(out, asked) if lesson else torch.zeros_like(expert_loss)
+            share = min((done + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * min(1.0, done / max(1, total))))
             for part in optimizer.param_groups:
-                part["lr"] = rate
+                part["lr"] = part["peak"] * share
             optimizer.zero_grad()
-            (expert_loss + lm_coef * given_loss).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            (expert_loss + lm_coef * given_loss + critic_coef * critic_loss).backward()
+            torch.nn.utils.clip_grad_norm_([p for part in parts for p in part["params"]], 1.0)
             optimizer.step()
             done += 1
             bar.update()
-            bar.set_postfix(expert=f"{expert_loss.item():.3f}", given=f"{given_loss.item():.3f}")
+            bar.set_postfix(expert=f"{expert_loss.item():.3f}", given=f"{given_loss.item():.3f}",
+                            **{"L_cls": f"{critic_loss.item():.3f}"} if lesson else {})
             if done == stop:
                 bar.close()
                 return model
@@ -167,12 +179,30 @@ def main():
     parser.add_argument("--init", help="start from this policy (its tokenizer too) instead of random weights")
     parser.add_argument("--tags", action="store_true", help="each answer opens with one of RLVMR's tags: planning, "
                         "explore, reflection, monitor (with --sloppy, so that some actions fail and are reflected on)")
+    parser.add_argument("--critic", default="none", choices=CRITIC, help="learn to judge the expert's actions (with "
+                        "--sloppy, so that some are bad): in words with critiques, by a value head, both")
+    parser.add_argument("--critic-coef", type=float, default=0.3, help="weight of that loss")
+    parser.add_argument("--questions", type=int, default=3, help="steps that --critic asks about in words, per episode")
+    parser.add_argument("--critic-url", help="have a language model write verdicts and critiques: its OpenAI-compatible "
+                        "address, up to /v1 (default: rules write them)")
+    parser.add_argument("--critic-model", help="its name there")
+    parser.add_argument("--correct", action="store_true", help="in some of the games an instruction against a kind of "
+                        "flaw stands in the prompt, and the careless expert (--sloppy) makes no such slip")
     parser.add_argument("--jsonl", metavar="FILE", help="train nothing: write the expert's episodes as a chat dataset (messages "
                         "convention, the instructions for language models as system prompt) for any trainer")
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, ...")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="environment processes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.critic != "none" and not args.sloppy:
+        parser.error("--critic needs bad actions to judge: add --sloppy 0.5")
+    if args.critic == "value" and args.jsonl:
+        parser.error("--critic value has no words to write: use --critic generative with --jsonl")
+    if bool(args.critic_url) != bool(args.critic_model) or args.critic_url and args.critic == "none":
+        parser.error("--critic-url and --critic-model go together, with --critic")
+    if args.correct and not args.sloppy:
+        parser.error("--correct needs slips that an instruction can forbid: add --sloppy 0.5")
+    critic = make_critic(args, f"{args.jsonl or args.out.rstrip('/')}.critic.jsonl")
     try:
         args.games = levels.choose_games(args.games, args.env)
         games = levels.level_games(args.env, args.level, "train", args.games, args.task_types)
@@ -186,9 +216,11 @@ def main():
         if args.jsonl:
             try:
                 count = write_messages(games, pool, system_prompt(args.env, False, args.tags), args.jsonl,
-                                       args.max_steps, args.sloppy, args.seed, args.tags)
+                                       args.max_steps, args.sloppy, args.seed, args.tags, critic, args.correct)
             except OSError as error:
                 parser.error(f"cannot write --jsonl {args.jsonl}: {error.strerror}")
+            except NoCritic as error:
+                sys.exit(f"cold_start.py: {error} the same command")
             print(f"{count} of {len(games)} games won by the expert: {args.jsonl}")
             return
         tokenizer = tokenizer or train_tokenizer(tokenizer_texts(games[:400], pool, args.tags), tags=args.tags)
@@ -198,18 +230,26 @@ def main():
         if args.tags and not chat.tags:  # it is to learn them now
             chat = ChatFormat(tokenizer, system_prompt(args.env, ours, True), True)
             add_tags(model, tokenizer, args.seed) if ours else None
-        episodes = expert_episodes(games, pool, chat, args.max_steps, sloppy=args.sloppy, seed=args.seed, copies=args.copies)
+        try:
+            episodes = expert_episodes(games, pool, chat, args.max_steps, sloppy=args.sloppy, seed=args.seed,
+                                       copies=args.copies, critic=critic, correct=args.correct)
+        except NoCritic as error:
+            sys.exit(f"cold_start.py: {error} the same command")
     model = model or tiny_model(tokenizer, seed=args.seed).to(args.device)
     print(f"{len(episodes)} episodes won by the expert in {len(games)} games and {time.time() - begin:.0f} s; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+    torch.manual_seed(args.seed)
+    head = torch.nn.Linear(model.config.hidden_size, 1).to(args.device) if args.critic in ("value", "both") else None
+    lesson = lambda chosen, generator: make_lesson(chosen, chat, args.critic, args.questions, generator)
     try:
-        cold_start(model, episodes, args.epochs, args.batch, args.lr, args.lm_coef, args.seed,
-                   stop=args.stop_step)
+        cold_start(model, episodes, args.epochs, args.batch, args.lr, args.lm_coef, args.seed, stop=args.stop_step,
+                   lesson=lesson if critic else None, value_head=head, critic_coef=args.critic_coef)
     except ValueError as error:
         sys.exit(f"cold_start.py: {error}")
     # float16 halves the file; the policy is loaded in float32 and its weights are exact in both.
-    save_policy(args.out, model, tokenizer, torch.float16 if ours else None, prompt="short" if ours else "instructions",
-                tags=chat.tags, cold_start=vars(args),
+    save_policy(args.out, model, tokenizer, torch.float16 if ours else None, extras=write_trainer(head),
+                prompt="short" if ours else "instructions", tags=chat.tags, critic=args.critic, correct=args.correct,
+                cold_start=vars(args),
                 minutes=round((time.time() - begin) / 60, 1))
     print(f"saved {args.out} after {(time.time() - begin) / 60:.1f} minutes")
 

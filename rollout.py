@@ -54,6 +54,12 @@ QUESTION = "good or bad?"  # the generative classifier's, after an action
 VERDICTS = ("bad", "good")  # by label: 0 bad, 1 good
 NO_ACTION = "No action found."  # the observation after an answer without <action>...</action>
 FLAWS = ("malformed", "inadmissible", "no_effect", "repeated", "revisited")
+CORRECTIONS = {  # the instruction against each, where it has become common (support/corrections.py)
+    "malformed": "Write exactly one command.",
+    "inadmissible": "Only do what is possible where you are.",
+    "no_effect": "Do nothing that changes nothing.",
+    "repeated": "Do not repeat what you have tried.",
+    "revisited": "Do not go back where you have been."}
 
 
 def system_prompt(env, short=True, tags=False):
@@ -61,6 +67,15 @@ def system_prompt(env, short=True, tags=False):
     if short:
         return (SYSTEM_TAGS if tags else SYSTEM)[env]
     return SYSTEM_INSTRUCT[env].replace(THINK, THINK_TAGGED) if tags else SYSTEM_INSTRUCT[env]
+
+
+def corrected(system, flaws):
+    """A system prompt with the instructions against these flaws after it.
+
+    >>> corrected("Do the task.", ["repeated"])
+    'Do the task. Do not repeat what you have tried.'
+    """
+    return " ".join([system, *(CORRECTIONS[name] for name in FLAWS if name in flaws)])
 
 
 @dataclass
@@ -151,7 +166,8 @@ class ChatFormat:
 
     `eos` is the id with which the template ends an answer, never the tokenizer's word for it alone: that of
     SmolLM2's GGUF file names the token that *begins* a turn. `ends`: eos, and what else ends a turn.
-    tags: whether answers must open with one of TAGS.
+    tags: whether answers must open with one of TAGS. `corrections`, which may change between episodes: the
+    flaws against which an instruction stands in the system prompt.
     """
 
     def __init__(self, tokenizer, system, tags=False, ends=()):
@@ -160,6 +176,7 @@ class ChatFormat:
             raise ValueError(f"the tokenizer in {tokenizer.name_or_path!r} has no chat template: use an "
                              "instruction-tuned model")
         self.tokenizer, self.system, self.tags, self.system_role = tokenizer, system, tags, True
+        self.corrections = ()
         try:
             self._render("x")
         except TemplateError:  # Gemma has no system turn: the first observation opens with it instead
@@ -178,8 +195,9 @@ class ChatFormat:
 
     def _render(self, *turns):
         """The template's text for user, assistant, user, ... turns, up to where the next answer starts."""
-        system = [{"role": "system", "content": self.system}] if self.system_role else []
-        turns = turns if system else (f"{self.system}\n\n{turns[0]}", *turns[1:])
+        text = corrected(self.system, self.corrections)
+        system = [{"role": "system", "content": text}] if self.system_role else []
+        turns = turns if system else (f"{text}\n\n{turns[0]}", *turns[1:])
         turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
         return self.tokenizer.apply_chat_template(system + turns, tokenize=False, add_generation_prompt=True)
 
@@ -268,7 +286,8 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
         if observation.text != leader.text:
             raise RuntimeError(f"the episodes of group {slot // group_size} "
                                f"({games[slot // group_size].name}) start differently")
-        by_slot[slot], now[slot] = Episode(games[slot // group_size], slot // group_size), observation
+        by_slot[slot] = Episode(games[slot // group_size], slot // group_size, score=observation.score)
+        now[slot] = observation
     tried = {slot: defaultdict(set) for slot in by_slot}
     visited = {slot: {observation.state} for slot, observation in now.items()}
     next_prompt = {}  # text -> ids; observations recur within a batch

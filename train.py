@@ -40,6 +40,7 @@ from games import levels
 from grpo import group_advantages, grpo_loss, token_weights
 from support.batches import deal, forward, lay_out, micro_batches
 from support.controls import CONTROLS, classifier_coef
+from support.corrections import correct
 from support.critic import NoCritic
 from support.labels import LABELS
 from support.logs import Tally
@@ -100,7 +101,7 @@ def train(args, run):
         # 7. Log, save, evaluate at the end.
         now = time.perf_counter()
         row = {"groups_without_signal": 1.0 - signal.float().mean().item(), "seconds_play": played - clock,
-               "seconds_update": now - played}
+               "seconds_update": now - played, **correct(run, episodes)}  # what the next prompts say
         left = (time.time() - begin) / (iteration - run.done) * (args.iterations - iteration) / 60
         finish_iteration(run, iteration, episodes, report, sums, row, minutes_left=left)
 
@@ -245,6 +246,8 @@ def parse_arguments():
     flag("--kl-coef", type=float, default=0.01, help="weight of the KL to --model; 0 saves a pass")
     flag("--credit", default="grpo", choices=list(CREDIT), help="outcomes to advantages of steps: credit.py")
     flag("--epo", type=float, default=0.0, help="weight of EPO's entropy smoothing (the paper's: 0.001)")
+    # An explicit instruction moves a policy that follows it out of the danger zone, while it stands.
+    flag("--correct", type=float, default=0.0, metavar="THRESHOLD", help="forbid commoner flaws")
     flag("--advantage", default="std", choices=["std", "mean"], help="divide by the group's std, or do not")
     # Failures are long: per token they weigh more, per episode a long one is punished less for each step.
     flag("--weighting", default="token", choices=["token", "step", "episode"], help="what counts equally")
@@ -266,7 +269,7 @@ def parse_arguments():
     flag("--questions", type=int, default=3, help="generative: asked per episode; each costs tokens")
     # A policy trained on games alone cannot answer the question, and unlearns to play while it learns to.
     # In every arm alike, also without a classifier: else an arm would be better for being trained longer.
-    flag("--warmup-updates", type=int, help="supervised, before RL (default 40 for tiny policies, others 0)")
+    flag("--warmup-updates", type=int, help="before RL (40; 0 if taught by cold_start.py, or not tiny)")
     flag("--norms-every", type=int, default=8, help="iterations between the norms of both gradients apart")
 
     flag = parser.add_argument_group("the run").add_argument

@@ -10,9 +10,15 @@ from games.experts import gold_expert, search_expert, things
 from games.game import BadGame
 
 
-def slip(rng, receptacles, last, before, want, here):
-    """What a careless player does before the right command: a list of commands that change nothing for good."""
-    kind = rng.choice(["made up", "idle", "again", "wander"])
+SLIPS = ("made up", "idle", "again", "wander")
+
+
+def slip(rng, receptacles, last, before, want, here, kinds=SLIPS):
+    """What a careless player does before the right command: a list of commands that change nothing for good, empty
+    where none of the `kinds` is possible."""
+    if not kinds:
+        return []
+    kind = rng.choice(kinds)
     if kind == "again" and last:
         return [last]
     if kind == "wander" and here:
@@ -25,7 +31,7 @@ def slip(rng, receptacles, last, before, want, here):
         command = rng.choice([f"take {thing} from {place}", f"open {place}", f"move {thing} to {place}", f"go to {here}"])
         if command not in before.admissible:
             return [command]
-    return [rng.choice(["look", "inventory"])]
+    return [rng.choice(["look", "inventory"])] if "idle" in kinds else []
 
 
 COLORS = ["red", "green", "blue", "orange", "yellow", "purple"]
@@ -33,9 +39,11 @@ ROOMS = ["bathroom", "bedroom", "kitchen", "living room", "workshop", "art studi
 EGGS = ["butterfly", "giant tortoise", "blue jay", "dove", "turtle", "parrot", "crocodile", "frog", "chameleon"]
 
 
-def science_slip(rng, last, here):
+def science_slip(rng, last, here, kinds=SLIPS):
     """The same in ScienceWorld, where `here` is the room last teleported to."""
-    kind = rng.choice(["made up", "idle", "again", "wander"])
+    if not kinds:
+        return []
+    kind = rng.choice(kinds)
     if kind == "again" and last and not last.startswith("focus"):  # which is the answer, and may be given once
         return [last]
     if kind == "wander" and here:
@@ -43,7 +51,7 @@ def science_slip(rng, last, here):
     if kind == "made up":
         return [rng.choice([f"pick up {rng.choice(ROOMS)}", f"open {rng.choice(COLORS)} box", f"move {rng.choice(ROOMS)} to "
                             f"{rng.choice(COLORS)} box"])]
-    return [rng.choice(["look around", "inventory"])]
+    return [rng.choice(["look around", "inventory"])] if "idle" in kinds else []
 
 
 def playable(answers, warn):
@@ -82,10 +90,11 @@ def solutions(games, pool):
     return [short[slot] if slot in now and now[slot].won else path for slot, path in enumerate(gold)]
 
 
-def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0, warn=print):
+def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0, warn=print, kinds=lambda game: SLIPS):
     """Yields (game, turns, won) per game; turns are (observation, command, before, after).
 
-    sloppy: chance of a `slip` before each of the expert's commands. The expert is not told of them.
+    sloppy: chance of a `slip` before each of the expert's commands. The expert is not told of them. kinds: from a game
+    to those of SLIPS that may be made in it.
     warn: called with one line for each game that cannot be played; it is left out.
     """
     rng = random.Random(seed)
@@ -105,7 +114,9 @@ def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0, warn=pr
             last = turns[slot][-1][1] if turns[slot] else None
             slips = []
             if rng.random() < sloppy:
-                slips = science_slip(rng, last, place) if gold else slip(rng, things(first[slot].text), last, now[slot], want, place)
+                may = kinds(chunk[slot])
+                slips = (science_slip(rng, last, place, may) if gold else
+                         slip(rng, things(first[slot].text), last, now[slot], want, place, may))
             queue[slot] = slips + [want]
 
         for slot, observation in now.items():

@@ -13,7 +13,7 @@ import signal
 
 import torch
 
-from support.policies import plain_state_dict, save_policy
+from support.policies import notes_of, plain_state_dict, save_policy
 from support.processes import load_optimizer, load_weights, whole
 
 
@@ -47,6 +47,29 @@ def checkpoints(out):
     return sorted(n for n in names if n.startswith("checkpoint-") and not n.endswith((".partial", ".old")))
 
 
+def write_trainer(value_head, iteration=0, optimizer_state=None):
+    """What `save_policy` is to write beside the weights: a function from the unfinished folder."""
+    return lambda folder: torch.save({"iteration": iteration, "optimizer": optimizer_state,
+                                      "value_head": value_head and value_head.state_dict()},
+                                     os.path.join(folder, "trainer.pt"))
+
+
+def load_head(folder, value_head, layer=-1):
+    """Put the value head that a policy was saved with, by a cold start or an earlier run, into this one. Whether there
+    is one that reads the same layer. Raises ValueError where it cannot be read."""
+    path = os.path.join(folder, "trainer.pt")
+    if not os.path.isfile(path) or notes_of(folder).get("head_layer", -1) != layer:
+        return False
+    try:
+        saved = torch.load(path, map_location=value_head.weight.device, weights_only=True)["value_head"]
+        if saved is not None:
+            value_head.load_state_dict(saved)
+    except Exception as error:  # truncated files make torch raise all sorts of things
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}): remove it to begin with a new value "
+                         "head") from error
+    return saved is not None
+
+
 def save_checkpoint(out, model, tokenizer, optimizer, value_head, iteration, keep=2, write=True, **notes):
     """Write `checkpoint-000010/` into the run's folder; the `keep` newest stay. Raises OSError (a full disk, say).
 
@@ -57,12 +80,9 @@ def save_checkpoint(out, model, tokenizer, optimizer, value_head, iteration, kee
     if not write:
         return folder
 
-    def extras(partial):
-        torch.save({"iteration": iteration, "optimizer": optimizer_state,
-                    "value_head": value_head and value_head.state_dict()}, os.path.join(partial, "trainer.pt"))
-
     with uninterrupted():
-        save_policy(folder, model, tokenizer, extras=extras, state=state, iteration=iteration, **notes)
+        save_policy(folder, model, tokenizer, extras=write_trainer(value_head, iteration, optimizer_state), state=state,
+                    iteration=iteration, **notes)
         for old in checkpoints(out)[:-keep]:
             shutil.rmtree(os.path.join(out, old))
     return folder

@@ -36,14 +36,18 @@ class NoCritic(RuntimeError):
 
 # ------------------------------------------------------------------------------------------------- questions and answers
 
+def ask_about(so_far, action, reply):
+    """The messages that ask about an action: a list of {"role", "content"}, as the protocol wants them."""
+    return [{"role": "system", "content": INSTRUCTIONS},
+            {"role": "user", "content": f"THE GAME SO FAR\n{so_far}\n\nTHE ACTION\n{action}\n\nTHE GAME'S REPLY\n{reply}"}]
+
+
 def question(episode, step, tokenizer):
-    """The messages that ask about a step: a list of {"role", "content"}, as the protocol wants them."""
+    """The same for a step of a played episode, whose texts are its tokens."""
     text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()
     following = [other.start for other in episode.steps if other.start >= step.end]
     reply = text(episode.tokens[step.end:following[0]]) if following else "(the episode ended here)"
-    return [{"role": "system", "content": INSTRUCTIONS},
-            {"role": "user", "content": f"THE GAME SO FAR\n{text(episode.tokens[:step.start])}\n\nTHE ACTION\n{step.action}\n\n"
-                                        f"THE GAME'S REPLY\n{reply}"}]
+    return ask_about(text(episode.tokens[:step.start]), step.action, reply)
 
 
 def parse_verdict(answer):

@@ -1,6 +1,8 @@
-"""What experts did (games/players.py) as training data: episodes for our cold start, or a chat dataset for any trainer.
+"""What experts did (games/players.py) as training data: episodes for our cold start, or a chat dataset for
+any trainer.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -10,13 +12,21 @@ from collections import defaultdict
 from tqdm import tqdm
 
 from games.players import COLORS, EGGS, ROOMS, play_expert
-from rollout import Episode, Step, judge
+from rollout import Episode, Step, corrected, judge
+from support.corrections import obeyed, slips_of
+from support.critiques import judging_messages
 from support.tags import tagged, thoughts
 
 
+@dataclasses.dataclass
+class Demonstration(Episode):
+    """An expert's episode, and what a critic says of each of its steps, where one was asked."""
+    critiques: list = dataclasses.field(default_factory=list)  # (label, sentence); -1: no verdict
+
+
 def rename(rng, animals=True):
-    """A function that renames a ScienceWorld episode's boxes, rooms and (where their kind does not matter) animals, the
-    same throughout its texts.
+    """A function that renames a ScienceWorld episode's boxes, rooms and (where their kind does not matter)
+    animals, the same throughout its texts.
 
     >>> say = rename(random.Random(1))
     >>> say("Move it to the red box in the kitchen. Here you see a red box, a red wire and a dove egg.")
@@ -38,14 +48,49 @@ def said(tag, thought, command):
     return (tagged(tag, thought) if tag else "") + f"<action>{command}</action>"
 
 
-def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, seed=0, copies=1):
-    """The expert's won episodes as `Episode`s: what the expert said counts as sampled, so losses apply as in RL.
+def judged(turns):
+    """The steps of an expert's turns with their flaws, as `rollout.play` judges a policy's; no tokens yet."""
+    steps, tried, visited = [], defaultdict(set), {turns[0][2].state}
+    for _, command, before, after in turns:
+        steps.append(Step(0, 0, command))
+        judge(steps[-1], before, after, tried, visited)
+    return steps
 
-    Their steps are judged as a policy's are: a careless expert's slips (`sloppy`) are flawed steps of won episodes.
-    Where `chat` is one with tags, each answer opens with one (support/tags.py).
 
-    copies: ScienceWorld has few variations, and a policy learns them by heart; of each episode so many copies are made
-    in which boxes, rooms and animals have other names. Then it must read what is meant.
+def won_games(games, pool, max_steps, sloppy, seed, critic=None, correct=False, batch=64):
+    """Yields (game, turns, steps, critiques, corrections) of the games that the expert wins.
+
+    critic: from a list of (game, turns, steps) to a list with the (label, sentence)s of each; None: no
+    critiques. correct: some episodes are played, and are to be shown, with instructions against flaws
+    (support/corrections.py).
+    """
+    waiting = []
+
+    def judge_them():
+        said = critic(waiting) if critic else [[] for _ in waiting]
+        for (game, turns, steps), critiques in zip(waiting, said):
+            yield game, turns, steps, critiques, obeyed(game, seed, steps) if correct else ()
+        waiting.clear()
+
+    kinds = {"kinds": lambda game: slips_of(game, seed)} if correct else {}
+    for game, turns, won in play_expert(games, pool, max_steps, sloppy=sloppy, seed=seed, **kinds):
+        waiting += [(game, turns, judged(turns))] if won else []
+        if len(waiting) == batch:
+            yield from judge_them()
+    yield from judge_them()
+
+
+def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, seed=0, copies=1, critic=None,
+                    correct=False):
+    """The expert's won episodes as `Episode`s: what the expert said counts as sampled, so losses apply as in
+    RL.
+
+    Their steps are judged as a policy's are: a careless expert's slips (`sloppy`) are flawed steps of won
+    episodes. Where `chat` is one with tags, each answer opens with one (support/tags.py). critic, correct: as
+    in `won_games`.
+
+    copies: ScienceWorld has few variations, and a policy learns them by heart; of each episode so many copies
+    are made in which boxes, rooms and animals have other names. Then it must read what is meant.
     """
     remembered = {}
 
@@ -58,44 +103,69 @@ def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, 
         return chat.tokenizer.encode(text, add_special_tokens=False) + [chat.eos]
 
     episodes, rng = [], random.Random(seed)
-    games_played = play_expert(games, pool, max_steps, sloppy=sloppy, seed=seed)
-    for game, turns, won in tqdm(games_played, total=len(games), desc="expert episodes", disable=not progress):
-        if not won:
-            continue
+    played = won_games(games, pool, max_steps, sloppy, seed, critic, correct)
+    for game, turns, steps, said_of, corrections in tqdm(played, total=len(games), desc="expert episodes",
+                                                         disable=not progress):
+        chat.corrections = corrections
         openings = thoughts(game.env, turns) if chat.tags else [(None, "")] * len(turns)
         for copy in range(copies):
             say = rename(rng, animals=game.task_type.startswith("find")) if copy else str
-            episode = Episode(game, len(episodes), won=True, reward=1.0, score=turns[-1][3].score)
-            tried, visited = defaultdict(set), {turns[0][2].state}
-            for i, (observation, command, before, after) in enumerate(turns):
+            episode = Demonstration(game, len(episodes), won=True, reward=1.0, score=turns[-1][3].score,
+                                    critiques=[(label, say(sentence)) for label, sentence in said_of])
+            for i, (observation, command, *_) in enumerate(turns):
                 observation, command = say(observation), say(command)
                 episode.give(chat.first_prompt(observation) if i == 0 else ids(observation, chat.next_prompt))
                 tag, thought = openings[i]
                 start, new = len(episode.tokens), ids(said(tag, say(thought), command), answer)
                 episode.sample(new, [0.0] * len(new))
-                episode.steps.append(Step(start, start + len(new), command, tag=tag))
-                judge(episode.steps[-1], before, after, tried, visited)
+                episode.steps.append(dataclasses.replace(
+                    steps[i], start=start, end=start + len(new), action=command, tag=tag))
             episodes.append(episode)
+    chat.corrections = ()
     return episodes
 
 
-def write_messages(games, pool, system, path, max_steps=50, sloppy=0.0, seed=0, tags=False):
-    """The expert's won episodes as a chat dataset, a JSON object a line: {"messages": [{"role", "content"}, ...], "game"}.
+def write_messages(games, pool, system, path, max_steps=50, sloppy=0.0, seed=0, tags=False, critic=None,
+                   correct=False):
+    """The expert's won episodes as a chat dataset, a JSON object a line: {"messages": [{"role", "content"},
+    ...], "game"}.
 
-    The convention that TRL, axolotl, LLaMA-Factory and others read. tags: each answer opens with one of RLVMR's.
-    Returns the number of episodes. The file appears whole or not at all; raises OSError.
+    The convention that TRL, axolotl, LLaMA-Factory and others read. tags: each answer opens with one of
+    RLVMR's. critic: as in `won_games`; after each episode come the conversations that ask about its steps, in
+    both forms, as many about bad steps as about good ones, whichever are fewer. correct: as there; the
+    instructions join the system prompt. Returns the number of episodes. The file appears whole or not at all;
+    raises OSError, NoCritic.
     """
-    count = 0
-    with open(path + ".partial", "w") as file:
-        for game, turns, won in play_expert(games, pool, max_steps, sloppy=sloppy, seed=seed):
-            if not won:
-                continue
-            messages = [{"role": "system", "content": system}]
-            openings = thoughts(game.env, turns) if tags else [(None, "")] * len(turns)
-            for (observation, command, *_), (tag, thought) in zip(turns, openings):
-                messages += [{"role": "user", "content": observation},
-                             {"role": "assistant", "content": said(tag, thought, command)}]
-            file.write(json.dumps({"messages": messages, "game": game.name}) + "\n")
-            count += 1
-    os.replace(path + ".partial", path)
+    count, rng = 0, random.Random(seed)
+    try:
+        with open(path + ".partial", "w") as file:
+            write = lambda messages, game: file.write(
+                json.dumps({"messages": messages, "game": game.name}) + "\n")
+            played = won_games(games, pool, max_steps, sloppy, seed, critic, correct)
+            for game, turns, _, said_of, corrections in played:
+                messages = [{"role": "system", "content": corrected(system, corrections)}]
+                openings = thoughts(game.env, turns) if tags else [(None, "")] * len(turns)
+                for (observation, command, *_), (tag, thought) in zip(turns, openings):
+                    messages += [{"role": "user", "content": observation},
+                                 {"role": "assistant", "content": said(tag, thought, command)}]
+                write(messages, game)
+                count += 1
+                for i in balanced_sample(rng, [label for label, _ in said_of]):
+                    for conversation in judging_messages(messages[:2 * i + 3], *said_of[i]):
+                        write(conversation, game)
+        os.replace(path + ".partial", path)
+    finally:
+        if os.path.exists(path + ".partial"):
+            os.remove(path + ".partial")
     return count
+
+
+def balanced_sample(rng, labels):
+    """Indices of as many 1s as 0s, all of the rarer kind, in order.
+
+    >>> balanced_sample(random.Random(0), [1, 0, -1, 1, 1])
+    [1, 3]
+    """
+    good, bad = ([i for i, label in enumerate(labels) if label == kind] for kind in (1, 0))
+    count = min(len(good), len(bad))
+    return sorted(rng.sample(good, count) + rng.sample(bad, count))

@@ -240,7 +240,9 @@ def make_chat(tokenizer, env, folder):
     """(chat format, whether it is a tiny policy of ours). Ours knows the short prompt; others need the instructions."""
     notes = notes_of(folder)
     tiny, tags = notes.get("prompt") == "short", bool(notes.get("tags"))
-    return ChatFormat(tokenizer, system_prompt(env, tiny, tags), tags, generation_ends(folder)), tiny
+    chat = ChatFormat(tokenizer, system_prompt(env, tiny, tags), tags, generation_ends(folder))
+    chat.corrections = tuple(notes.get("corrections", ()))  # a checkpoint's: it is played as it was trained
+    return chat, tiny
 
 
 def answer_tokens(tiny, tags):

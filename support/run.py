@@ -20,6 +20,7 @@ from rollout import pay_success_only, play
 from support.batches import sampled_logprobs
 from support.checkpoints import checkpoints, load_checkpoint, save_checkpoint, write_atomically
 from support.coupling_dynamics import prepare_watch, watch
+from support.corrections import logged
 from support.curves import draw, read_metrics
 from support.logs import line_of, log, machine, metrics_of, write_samples
 from support.policies import plain_state_dict, sync
@@ -41,6 +42,8 @@ def prepare(run, label, weigh):
         run.accelerator.wait_for_everyone()
         rows = read_metrics(args.out) if run.done else []
         run.turn_entropies = [row["turn_entropy"] for row in rows if "turn_entropy" in row]
+        if args.correct and rows:
+            run.chat.corrections = logged(rows[-1])
     if main:
         config = {k: v for k, v in vars(args).items() if k != "resume"} | {"machine": machine()}
         write_atomically(os.path.join(args.out, "config.json"), json.dumps(config, indent=1))
@@ -213,7 +216,8 @@ def finish_iteration(run, iteration, episodes, report, sums, row, minutes_left):
     if iteration % args.save_every == 0 or last:
         save_checkpoint(args.out, run.model, run.tokenizer, run.optimizer, run.value_head, iteration,
                         write=run.accelerator.is_main_process, started_from=run.folder, prompt=run.prompt,
-                        tags=run.chat.tags, played={name: getattr(args, name) for name in PLAYED})
+                        head_layer=args.head_layer, **run.taught, corrections=run.chat.corrections,
+                        played={name: getattr(args, name) for name in PLAYED})
         if run.accelerator.is_main_process:
             write_samples(args.out, run.tokenizer, episodes, iteration)
             draw([args.out], os.path.join(args.out, "curves.png"))

@@ -18,14 +18,16 @@ from engines.torch_engine import TorchEngine
 from games import levels
 from games.pool import EnvPool
 from support.batches import make_question
-from support.checkpoints import checkpoints
+from support.checkpoints import checkpoints, load_head
 from support.controls import Detached
+from support.corrections import check_taught
 from support.policies import (answer_tokens, check_tags, compute_in_bfloat16, load_policy, make_chat, notes_of,
                               trainable)
 
 
 # What a checkpoint notes of how it was played, so that an evaluation plays it the same way.
 PLAYED = ("engine", "precision", "temperature", "max_new_tokens", "max_context", "show_actions")
+TAUGHT = ("tags", "critic", "correct")  # what a cold start notes of what it taught, and every checkpoint after it
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.0)
 
 
@@ -73,6 +75,8 @@ def check(args, error):
         error("--control stop-gradient goes with --classifier value: the generative form has no head of its own to learn")
     if args.labels == "critic" and not (args.critic_url and args.critic_model):
         error("--labels critic needs --critic-url and --critic-model: an OpenAI-compatible address and a model there")
+    if not 0 <= args.correct < 1:
+        error("--correct must be a share of steps between 0 and 1")
     if args.temperature <= 0:
         error("--temperature must be positive in training: greedy episodes of a group are all the same")
 
@@ -108,6 +112,8 @@ def setup(args):
         folder = args.model if args.model != "tiny" else make_cold_start(args, games, pool)
     if args.credit == "rlvmr":
         check_tags(folder)
+    if args.correct:
+        check_taught(notes_of(folder), folder)
     print(f"model   {folder}   (--model, --cold-start)")
     print(f"engine  {args.engine} on {args.device}, {torch.get_num_threads()} threads" + (f", {processes} processes"
           if processes > 1 else "") + "   (--engine, --device)")
@@ -117,17 +123,22 @@ def setup(args):
     chat, ours = make_chat(tokenizer, args.env, folder)
     fill_limits(args, ours, chat.tags)
     args.lr = args.lr or (5e-4 if ours else 1e-6)
-    args.warmup_updates = (40 if ours and not args.shard else 0) if args.warmup_updates is None else args.warmup_updates
+    taught = {name: found for name, found in notes_of(folder).items() if name in TAUGHT}
+    # The question that a cold start has taught needs no warm-up; arms from one start policy are treated alike.
+    cold = ours and not args.shard and taught.get("critic", "none") not in ("generative", "both")
+    args.warmup_updates = (40 if cold else 0) if args.warmup_updates is None else args.warmup_updates
     print(f"update  AdamW at {args.lr:g}, {args.updates} steps for {args.tasks} games x {args.group_size} episodes   (--lr, "
           "--updates, --tasks, --group-size)")
-    print(f"loss    GRPO + {args.classifier_coef} * {args.classifier} classifier, labels by {args.labels}   (--classifier, "
-          "--classifier-coef, --labels)" if args.classifier != "none" else "loss    GRPO alone   (--classifier)")
-    print(f"output  {args.out}   (--out)", flush=True)
     head_class = Detached if args.control == "stop-gradient" else torch.nn.Linear
     value_head = head_class(model.config.hidden_size, 1).to(args.device) if args.classifier in ("value", "both") else None
     if value_head and not -1 <= args.head_layer <= model.config.num_hidden_layers:
         raise ValueError(f"--head-layer {args.head_layer}: this model's hidden states are numbered 0 to "
                          f"{model.config.num_hidden_layers}, and -1 is the last")
+    trained = ", its value head trained before" if value_head and load_head(folder, value_head, args.head_layer) else ""
+    print(f"loss    GRPO + {args.classifier_coef} * {args.classifier} classifier{trained}, labels by {args.labels}   "
+          "(--classifier, --classifier-coef, --labels)" if args.classifier != "none" else "loss    GRPO alone   "
+          "(--classifier)")
+    print(f"output  {args.out}   (--out)", flush=True)
     return SimpleNamespace(
         args=args, games=games, pool=pool, folder=folder, prompt="short" if ours else "instructions", chat=chat,
         tokenizer=tokenizer, model=model, reference=reference, value_head=value_head,
@@ -135,7 +146,7 @@ def setup(args):
         engine=make_engine(args, model, chat, folder), engine_restarts=0, accelerator=accelerator,
         shared=accelerator if processes > 1 else None,  # None where one process works alone
         optimizer=make_optimizer(args, model, value_head),
-        skipped_in_a_row=0, turn_entropies=[], bad_games=set(), done=0, board=None)
+        taught=taught, skipped_in_a_row=0, turn_entropies=[], bad_games=set(), done=0, board=None)
 
 
 def usable(device):
