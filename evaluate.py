@@ -233,23 +233,30 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with every game, instead "
                         "of the table")
-    args = parser.parse_args()
+    parser.add_argument("--report", metavar="FILE", help="write a page with every step of every game there")
+    parser.add_argument("--oracle", action="store_true", help="with its verdicts on every step")
+    args, shown = parser.parse_args(), []  # what --report shows, of each checkpoint
     try:
+        if args.report or args.oracle:
+            from support import report
+            report.check(args)
         if not args.compare:
-            result = run(args, args.model)
+            result, said = run(args, args.model, shown), ""
             print(json.dumps(result) if args.json else table(result))
-            return
-        a, b = (json.load(open(one)) if one.endswith(".json") else run(args, one) for one in args.compare)
-        found = compare(a, b)
-        if args.json:
-            print(json.dumps({**found, "a": a, "b": b}))
         else:
-            print(f"A\n{table(a)}\n\nB\n{table(b)}\n\n{comparison(found, *args.compare)}")
-    except (FileNotFoundError, ValueError, KeyError) as error:
+            a, b = (json.load(open(one)) if one.endswith(".json") else run(args, one, shown)
+                    for one in args.compare)
+            found = compare(a, b)
+            said = comparison(found, *args.compare)
+            print(json.dumps({**found, "a": a, "b": b}) if args.json else
+                  f"A\n{table(a)}\n\nB\n{table(b)}\n\n{said}")
+        if args.report:
+            report.report_evaluation(args.report, shown, said)
+    except (OSError, ValueError, KeyError) as error:
         sys.exit(f"evaluate.py: {error}")
 
 
-def run(args, folder):
+def run(args, folder, shown):
     import torch
 
     from support.policies import SHIPPED, notes_of
@@ -279,8 +286,11 @@ def run(args, folder):
                 args.device = "cuda" if torch.cuda.is_available() else "cpu"
             engine, chat = player(args, folder)
             about |= {"model": folder, **{name: getattr(args, name) for name in PLAYED}}
-            result, _ = evaluate(engine, pool, chat, games, steps, args.seed, args.batch, args.max_context,
-                                 args.show_actions)
+            result, episodes = evaluate(engine, pool, chat, games, steps, args.seed, args.batch,
+                                        args.max_context, args.show_actions)
+            if args.report:
+                from support import report
+                shown.append(report.of_checkpoint(folder, args, engine, chat, pool, episodes, about | result))
     if not result["games"]:
         raise ValueError(f"none of the {len(games)} games can be played: {'; '.join(result['bad_games'])}")
     return {**about, **result}

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import broadcast, gather_object
 
 from credit import epo, epo_weight
-from evaluate import evaluate, table
+from evaluate import evaluate, summarize, table
 from games import levels
 from grpo import truncated_importance
 from rollout import pay_success_only, play
@@ -25,6 +25,7 @@ from support.curves import draw, read_metrics
 from support.logs import line_of, log, machine, metrics_of, write_samples
 from support.policies import plain_state_dict, sync
 from support.processes import clip_gradients
+from support.report import report_run
 from support.setup import PLAYED, check_episodes, make_engine
 from support.warmup import warm_up
 
@@ -193,11 +194,12 @@ def step_if_finite(run, batch, sums):
 
 def evaluation(run, the_levels, iteration):
     """Play the levels' test games with the current policy, print the tables; {"eval_L1": {...}}."""
-    args, found = run.args, {}
+    args, found, run.evaluated = run.args, {}, {}
     for level in the_levels if args.eval_games else []:
         games = levels.level_games(args.env, level, "test", args.games, args.task_types, args.eval_games)
-        found[f"eval_{level}"], _ = evaluate(run.engine, run.pool, run.chat, games, args.max_steps,
-                                             max_context=args.max_context, show_actions=args.show_actions)
+        found[f"eval_{level}"], episodes = evaluate(run.engine, run.pool, run.chat, games, args.max_steps,
+                                                    max_context=args.max_context, show_actions=args.show_actions)
+        run.evaluated[level] = found[f"eval_{level}"], episodes
         print(f"\n{level} ({games[0].split}) after {iteration} iterations\n{table(found[f'eval_{level}'])}\n", flush=True)
     return found
 
@@ -221,8 +223,10 @@ def finish_iteration(run, iteration, episodes, report, sums, row, minutes_left):
         if run.accelerator.is_main_process:
             write_samples(args.out, run.tokenizer, episodes, iteration)
             draw([args.out], os.path.join(args.out, "curves.png"))
+            if last:
+                report_run(run, iteration, episodes, summarize(episodes))
     run.accelerator.wait_for_everyone()
     if last:
         if run.board:
             run.board.close()
-        print(f"curves: {args.out}/curves.png; policy: {checkpoints(args.out)[-1]}")
+        print(f"curves: {args.out}/curves.png; report: {args.out}/report.html; policy: {checkpoints(args.out)[-1]}")
