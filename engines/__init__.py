@@ -3,6 +3,7 @@
 May import: torch, transformers, vLLM, actor.py. An engine is handed a model or a folder and, later, new
 weights; it knows no policy folder, no training and no game.
 
-torch_engine.py   PyTorch, on any device, with a key-value cache that lives on from turn to turn
+torch_engine.py   PyTorch, on any device, under any model whose attention transformers lets us replace
+conversations.py  keys and values of many conversations, a shared prompt once: what torch_engine.py attends with
 vllm_engine.py    vLLM
 """

@@ -1,72 +1,49 @@
-"""Sampling by PyTorch: any transformers model, on any device, with a KV cache that lives on from turn to turn."""
+"""Sampling by PyTorch: any transformers model, on any device; what is common to a group is computed once.
+
+The layers are the model's own, as transformers has them. Under them lies engines/conversations.py, put in
+place through transformers' public interface for attention functions while this engine computes, and for no
+longer: the very same model is trained in between.
+"""
+
+import contextlib
 
 import torch
+from transformers import AttentionInterface
 
-from actor import attention_masks, output_logits
-
-
-class RaggedCache:
-    """Keys and values of rows with different lengths, each row filled from the left without gaps.
-
-    Stands where transformers expects its `Cache`: each layer calls `update`. What lies right of a row's length is
-    rubbish from padding; the attention mask never lets it be seen, and the row's next tokens overwrite it.
-    """
-
-    def __init__(self, size):
-        self.layers = {}  # layer -> [keys, values], each (B, heads, capacity, head_dim): attention reads it in order
-        self.size = size  # B
-        self.rows = None  # (b,) the rows that take part in the current forward pass; None: all
-        self.at = None    # (b, q) where the current forward pass writes
-        self.limit = 0    # columns that the current forward pass reads
-
-    def update(self, keys, values, layer, *_, **__):  # each (b, heads, q, head_dim)
-        rows = torch.arange(self.size, device=keys.device) if self.rows is None else self.rows
-        stored = self.layers.setdefault(layer, [None, None])
-        for i, new in enumerate((keys, values)):
-            if stored[i] is None or stored[i].shape[2] < self.limit:
-                grown = new.new_zeros(self.size, new.shape[1], 2 * self.limit, new.shape[3])
-                if stored[i] is not None:
-                    grown[:, :, :stored[i].shape[2]] = stored[i]
-                stored[i] = grown
-            stored[i][rows[:, None], :, self.at] = new.transpose(1, 2)  # indexing puts (b, q) first: (b, q, heads, head_dim)
-        part = slice(None) if self.rows is None else rows
-        return stored[0][part, :, :self.limit], stored[1][part, :, :self.limit]
-
-    def keep(self, rows):
-        self.size = len(rows)
-        for stored in self.layers.values():
-            stored[0], stored[1] = stored[0][rows], stored[1][rows]
-
-    def get_seq_length(self, *_):
-        return 0  # positions are always passed explicitly
+from actor import output_logits
+from engines.conversations import Conversations
 
 
 class TorchEngine:
-    """Samples answers for many conversations at once; the KV cache lives on from turn to turn.
+    """Samples answers for many conversations at once; keys and values live on from turn to turn.
 
-    The interface of every engine (the other one: vllm_engine.py): `start(seed)`; `submit(row, tokens)` a conversation as
-    ids; `poll()` for those that have ended their turn, as (row, new ids, their log-probabilities). This one answers all
-    that were submitted at once. Rows that no longer take part are dropped from the cache: finished episodes cost nothing.
+    The interface of every engine (the other one: vllm_engine.py): `start(seed)`; `submit(row, tokens)` a
+    conversation as ids; `poll()` for those that have ended their turn, as (row, new ids, their
+    log-probabilities). This one answers all that were submitted at once. All conversations begin together;
+    those no longer submitted are forgotten.
     """
 
     def __init__(self, model, ends, temperature=1.0, max_new_tokens=24):
-        """ends: the token id that ends a turn, or several such ids. Raises ValueError for a model that the cache does not
-        suit: at once, not after an hour of games."""
-        self.model, self.ends = model, {ends} if isinstance(ends, int) else set(ends)
+        """ends: the token id that ends a turn, or several such ids. Raises ValueError for a model whose
+        attention cannot be replaced: at once, not after an hour of games."""
+        self.model, self.ends = model, [ends] if isinstance(ends, int) else sorted(ends)
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.trunk = model.get_decoder()
         self.device = next(model.parameters()).device
+        # At a time: scores of a head, which should stay in a processor's cache; tokens.
+        self.max_scores, self.max_tokens = (2**16, 2**12) if self.device.type == "cpu" else (2**22, 2**14)
         try:
             self._check()
-        except Exception as error:  # an unknown use of the cache raises anything
+        except Exception as error:  # who knows what an unknown model raises
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{type(model).__name__} cannot be sampled from by the PyTorch engine, whose cache it uses in a "
-                             f"way of its own ({why}); use --engine vllm") from error
+            raise ValueError(f"{type(model).__name__} cannot be sampled from by the PyTorch engine, its "
+                             f"attention cannot be replaced ({why}); use --engine vllm") from error
 
     def _check(self):
-        """Raise unless two conversations of two turns have the log-probabilities of the model's plain forward pass."""
+        """Raise unless two conversations of two turns have the log-probabilities of a plain pass."""
         generator, wanted, gaps = torch.Generator().manual_seed(0), self.max_new_tokens, []
-        some = lambda n: torch.randint(self.model.config.get_text_config().vocab_size, (n,), generator=generator).tolist()
+        size = self.model.config.get_text_config().vocab_size
+        some = lambda n: torch.randint(size, (n,), generator=generator).tolist()
         talks, self.max_new_tokens = [some(5), some(3)], 2
         self.start(0)
         for _ in range(2):
@@ -79,11 +56,11 @@ class TorchEngine:
                 talks[b] = whole + some(2 + b)
         self.max_new_tokens = wanted
         if not sum(gaps) / len(gaps) < 0.1:  # bfloat16 stays well below
-            raise ValueError(f"its log-probabilities are {sum(gaps) / len(gaps):.2g} nats off")
+            raise ValueError(f"log-probabilities are {sum(gaps) / len(gaps):.2g} nats off")
 
     def start(self, seed):
         """Forget all conversations. `seed` makes the sampling repeat."""
-        self.cache, self.rows, self.lengths, self.submitted = None, None, None, {}
+        self.cache, self.rows, self.submitted = None, [], {}
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def load(self, weights):
@@ -95,81 +72,115 @@ class TorchEngine:
 
     def poll(self):
         asked, self.submitted = dict(sorted(self.submitted.items())), {}
-        return [(row, *answer) for row, answer in zip(asked, self.generate(list(asked), list(asked.values())))]
+        answers = self.generate(list(asked), list(asked.values()))
+        return [(row, *answer) for row, answer in zip(asked, answers)]
 
     @torch.inference_mode()
     def generate(self, rows, sequences):
         """Continue conversations until each has ended its turn.
 
         Args:
-            rows: names of the conversations (the same number means the same conversation, longer by now).
+            rows: names of the conversations (the same name means the same conversation, longer by now).
             sequences: their full token ids so far.
-        Returns: a list of (new ids, log-probabilities under the sampling distribution), in the order of `rows`.
+        Returns: a list of (new ids, log-probabilities under the sampling distribution), in `rows`' order.
         """
         self.model.eval()
-        if self.rows is None:
-            self.rows, self.lengths = list(rows), torch.zeros(len(rows), dtype=torch.long, device=self.device)
-            self.cache = RaggedCache(len(rows))
-        elif self.rows != list(rows):  # some have finished
-            place = {row: i for i, row in enumerate(self.rows)}
-            index = torch.tensor([place[row] for row in rows], device=self.device)
-            self.cache.keep(index)
-            self.rows, self.lengths = list(rows), self.lengths[index]
+        asked = dict(zip(rows, sequences))
+        with self._own_attention():
+            hidden = self._begin(asked) if self.cache is None else self._go_on(asked)           # (R, D)
+            return self._answer(hidden, rows)
 
-        known = self.lengths.tolist()
-        chunks = [ids[n:] for ids, n in zip(sequences, known)]  # what the cache has not seen
-        hidden = self._read(chunks)                                                             # (B, D)
-        widths = torch.tensor([len(c) for c in chunks], device=self.device)
-        self.lengths = self.lengths + widths
+    @contextlib.contextmanager
+    def _own_attention(self):
+        """The model attends as `Conversations` says, for now."""
+        usual = self.trunk.config._attn_implementation
+        # SDPA has no soft cap: a model that runs by it does without, as it does in training.
+        softcap = {} if usual == "eager" else {"softcap": None}
+        AttentionInterface.register("conversations", lambda *inputs, **options: self.cache.attend(
+            *inputs, **{**options, **softcap}))
+        self.trunk.set_attn_implementation("conversations")
+        try:
+            yield
+        finally:
+            self.trunk.set_attn_implementation(usual)
 
-        ids, logprobs = [[] for _ in rows], [[] for _ in rows]
+    def _begin(self, asked):
+        """Read the first prompts, each once: hidden states (R, D) at their ends."""
+        prompts = {}  # prompt -> its number; a group's conversations begin alike
+        group = [prompts.setdefault(tuple(ids), len(prompts)) for ids in asked.values()]
+        self.rows, self.cache = list(asked), Conversations(group, self.device, self.max_scores)
+        return self._read(self.cache.prompts, [list(ids) for ids in prompts])[self.cache.group]
+
+    def _go_on(self, asked):
+        """Forget who is not asked, read what the others have not seen: hidden states (R, D) at their ends."""
+        if not asked.keys() <= set(self.rows):
+            raise ValueError("a conversation that did not begin with the others: call start first")
+        if len(asked) < len(self.rows):
+            self._to_front([row in asked for row in self.rows])
+            self.rows = self.rows[:len(asked)]
+            self.cache.drop(len(asked))
+        known = zip(self.rows, self.cache.lengths())
+        return self._read(self.cache.tails, [asked[row][n:] for row, n in known])
+
+    def _to_front(self, keep):
+        order = self.cache.to_front(keep)
+        self.rows = [self.rows[i] for i in order]
+        return order
+
+    def _read(self, store, texts):
+        """Add `texts` (R lists of ids) to the rows of a store, some rows at a time; hidden states (R, D) at
+        their ends."""
+        found, begin = [], 0
+        while begin < len(texts):
+            end = begin + 1
+            while end < len(texts) and sum(map(len, texts[begin:end + 1])) <= self.max_tokens:
+                end += 1
+            counts = [len(ids) for ids in texts[begin:end]]
+            hidden = self._pass(store, begin, counts, sum(texts[begin:end], []))
+            counts = torch.tensor(counts, device=self.device)
+            self.cache.finish(counts)
+            found.append(hidden[counts.cumsum(0) - 1])
+            begin = end
+        return torch.cat(found)
+
+    def _pass(self, store, first, counts, tokens):
+        """Hidden states (N, D) of `tokens` (N ids), counts[i] of them for row first + i."""
+        positions = self.cache.prepare(store, first, counts)                                    # (1, N)
+        tokens = torch.as_tensor(tokens, device=self.device)[None]                              # (1, N)
+        return self.trunk(input_ids=tokens, position_ids=positions, past_key_values=self.cache,
+                          use_cache=True).last_hidden_state[0]
+
+    def _answer(self, hidden, rows):
+        """Sample from hidden states (R, D) on until every conversation has ended its turn."""
+        ids, logprobs = {row: [] for row in rows}, {row: [] for row in rows}
         running = [True] * len(rows)
         for i in range(self.max_new_tokens):
-            token, logprob = self._choose(output_logits(self.model, hidden).float())            # (B,), (B,)
+            token, logprob = self._choose(output_logits(self.model, hidden).float())            # (n,), (n,)
             for b, (t, l) in enumerate(zip(token.tolist(), logprob.tolist())):
                 if running[b]:
-                    ids[b].append(t)
-                    logprobs[b].append(l)
+                    ids[self.rows[b]].append(t)
+                    logprobs[self.rows[b]].append(l)
                     running[b] = t not in self.ends
-            if not any(running) or i == self.max_new_tokens - 1:
+            left = sum(running)
+            if not left or i == self.max_new_tokens - 1:
                 break
-            # Rows whose turn has ended ride along: what they write lies beyond their length.
-            hidden = self._forward(token[:, None])[:, 0]
-            self.lengths = self.lengths + torch.tensor(running, device=self.device)
-        return list(zip(ids, logprobs))
-
-    def _read(self, chunks, padded_tokens=4096):
-        """Hidden states (B, D) at the end of each row's new ids. Rows of similar length go together: little padding, and
-        attention scores small enough for a processor's cache."""
-        order, parts, found = sorted(range(len(chunks)), key=lambda b: len(chunks[b])), [[]], [None] * len(chunks)
-        for b in order:
-            if parts[-1] and (len(parts[-1]) + 1) * len(chunks[b]) > padded_tokens:
-                parts.append([])
-            parts[-1].append(b)
-        for part in parts:
-            width = len(chunks[part[-1]])
-            batch = torch.tensor([chunks[b] + [0] * (width - len(chunks[b])) for b in part], device=self.device)  # (b, q)
-            hidden = self._forward(batch, torch.tensor(part, device=self.device))                                 # (b, q, D)
-            for i, b in enumerate(part):
-                found[b] = hidden[i, len(chunks[b]) - 1]
-        return torch.stack(found)
-
-    def _forward(self, batch, rows=None):
-        """Hidden states (b, q, D) of the next q tokens of these rows; row b's tokens start at position lengths[b]."""
-        lengths = self.lengths if rows is None else self.lengths[rows]
-        positions = lengths[:, None] + torch.arange(batch.shape[1], device=self.device)        # (b, q)
-        self.cache.rows, self.cache.at, self.cache.limit = rows, positions, int(positions.max()) + 1
-        columns = torch.arange(self.cache.limit, device=self.device)
-        visible = columns <= positions[:, :, None]                                             # (b, q, limit)
-        masks = attention_masks(self.model, visible, positions, columns.expand(len(batch), -1))
-        return self.trunk(input_ids=batch, position_ids=positions, attention_mask=masks, past_key_values=self.cache,
-                          use_cache=True).last_hidden_state
+            if 2 * left <= len(running):  # rows that have ended ride along until they are the greater part
+                order = self._to_front(running + [False] * (len(self.rows) - len(running)))[:left]
+                token, running = token[order], [True] * left
+            n = len(running)
+            hidden = self._pass(self.cache.tails, 0, [1] * n, token)
+            self.cache.finish(torch.tensor(running, device=self.device))  # who rides along writes beyond
+        return [(ids[row], logprobs[row]) for row in rows]
 
     def _choose(self, logits):
-        """Sample from softmax(logits / temperature), or take the largest at temperature 0; (B, V) -> (B,), (B,)."""
+        """Sample from softmax(logits / temperature), or at temperature 0 take the largest, scored at 1;
+        (n, V) -> tokens (n,), log-probabilities (n,)."""
         logprobs = torch.log_softmax(logits / (self.temperature or 1.0), dim=-1)
         if self.temperature == 0:
             token = logprobs.argmax(dim=-1)
-        else:
-            token = torch.multinomial(logprobs.exp(), 1, generator=self.generator)[:, 0]
+        else:  # the first whose cumulative probability exceeds a uniform number; double: large vocabularies
+            cumulative = logprobs.double().exp().cumsum(-1)
+            uniform = torch.rand(len(logits), 1, dtype=torch.double, device=self.device,
+                                 generator=self.generator)
+            token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
         return token, logprobs.gather(1, token[:, None])[:, 0]

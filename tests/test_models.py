@@ -1,4 +1,4 @@
-"""Whatever the model: `forward` and the PyTorch engine give its own log-probabilities; a turn ends where it ends.
+"""Whatever the model: `forward` and the PyTorch engine give its own log-probabilities; where a turn ends.
 
 Small random models of many architectures, with sliding windows shorter than the conversations, against their
 plain forward pass on one sequence at a time, under either attention implementation.
@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from actor import forward
+from actor import forward, output_logits
 from engines.torch_engine import TorchEngine
 from rollout import ChatFormat, Episode
-from support.policies import add_lora, generation_ends, load_policy, save_policy, train_tokenizer
+from support.policies import (add_lora, compute_in_bfloat16, generation_ends, load_policy, save_policy,
+                              train_tokenizer)
 
 COMMON = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
               num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
@@ -106,6 +107,63 @@ def test_the_engine_samples_from_the_model(kind, attention):
             own = plain(model, talks[row] + ids, 0.7)[-len(ids):]
             assert logprobs == pytest.approx(own.tolist(), abs=2e-4)
             talks[row] += ids + some_tokens(3 + 2 * row, 100 * turn + row)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("max_scores", [2**22, 1])
+def test_a_group_s_prompt_is_read_once_and_nobody_is_mixed_up(kind, max_scores):
+    """Groups of 4, 1 and 3 conversations; answers of 1 to 8 tokens, so that those that go on change places
+    with those that ended; conversations and a whole group drop out. max_scores 1: one token at a time."""
+    model = small(kind)
+    engine = TorchEngine(model, range(50, 60), max_new_tokens=8)
+    engine.max_scores, read = max_scores, []
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: read.append(inputs[0].numel()))
+    engine.start(seed=5)
+    groups = [(0, 5, 6, 9), (3,), (4, 7, 8)]
+    prompts = {row: some_tokens(11 + g, g) for g, rows in enumerate(groups) for row in rows}
+    talks, lengths = {row: list(ids) for row, ids in prompts.items()}, set()
+    for turn, left in enumerate(([*talks], [0, 3, 4, 6, 7], [3, 4, 7], [4])):
+        for row in left:
+            engine.submit(row, list(talks[row]))
+        before, answers = sum(read), engine.poll()
+        assert [row for row, *_ in answers] == sorted(left)
+        if turn == 0:  # 11 + 12 + 13 tokens for eight prompts
+            assert read[0] == 36 and before == 0
+        for row, ids, logprobs in answers:
+            assert not set(ids[:-1]) & set(engine.ends) and (len(ids) == 8 or ids[-1] in engine.ends)
+            own = plain(model, talks[row] + ids)[-len(ids):]
+            assert logprobs == pytest.approx(own.tolist(), abs=2e-4)
+            lengths.add(len(ids))
+            talks[row] += ids + some_tokens(2 + row, 100 * turn + row)
+    handle.remove()
+    assert len(lengths) > 3  # answers of many lengths
+    assert model.config._attn_implementation in ("sdpa", "eager")  # as it was
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_in_bfloat16_and_greedily(temperature):
+    """The engine in the precision of `--precision bfloat16`; at temperature 0 the likeliest token, and the
+    same episodes for any seed; at 1 the same for the same seed alone."""
+    model = small("qwen3")
+    compute_in_bfloat16(model)
+    answers = []
+    for seed in (0, 0, 1):
+        engine = TorchEngine(model, 2, temperature, 6)
+        engine.start(seed)
+        talks = {row: some_tokens(12, row // 3) for row in range(6)}
+        for row, ids in talks.items():
+            engine.submit(row, ids)
+        answers.append(engine.poll())
+    assert answers[0] == answers[1] and (answers[0] == answers[2]) == (temperature == 0)
+    for row, ids, logprobs in answers[0]:
+        with torch.no_grad():
+            logits = output_logits(model, model.get_decoder()(
+                input_ids=torch.tensor([talks[row] + ids])).last_hidden_state)[0, 11:-1].float()
+        own = torch.log_softmax(logits, -1)                                                      # (n, V)
+        assert logprobs == pytest.approx(own.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist(), abs=0.15)
+        if temperature == 0:
+            assert all(own[i].max() - own[i, token] < 0.15 for i, token in enumerate(ids))
 
 
 def folder_of(model, path):
