@@ -19,6 +19,7 @@ from games import levels
 from games.pool import EnvPool
 from support.batches import make_question
 from support.controls import Detached
+from support.language_models import model_folder
 from support.policies import (answer_tokens, check_tags, compute_in_bfloat16, load_policy, make_chat, notes_of,
                               trainable)
 
@@ -97,7 +98,7 @@ def setup(args):
           "--level, --max-steps" + (f"; tasks {' '.join(args.task_types)}: --task-types)" if args.task_types else ")"))
     pool = EnvPool(max(1, args.workers // processes))
     with accelerator.main_process_first():
-        folder = args.model if args.model != "tiny" else make_cold_start(args, games, pool)
+        folder = model_folder(args.model) if args.model != "tiny" else make_cold_start(args, games, pool)
     if args.credit == "rlvmr":
         check_tags(folder)
     print(f"model   {folder}   (--model, --cold-start)")
@@ -121,7 +122,8 @@ def setup(args):
         raise ValueError(f"--head-layer {args.head_layer}: this model's hidden states are numbered 0 to "
                          f"{model.config.num_hidden_layers}, and -1 is the last")
     return SimpleNamespace(
-        args=args, games=games, pool=pool, folder=folder, prompt="short" if ours else "instructions", chat=chat,
+        args=args, games=games, pool=pool, folder=folder, chat=chat,
+        prompt=notes_of(folder).get("prompt", "instructions"),
         tokenizer=tokenizer, model=model, reference=reference, value_head=value_head,
         question=make_question(chat) if args.classifier in ("generative", "both") else None,
         engine=make_engine(args, model, chat, folder), engine_restarts=0, accelerator=accelerator,
@@ -186,6 +188,7 @@ def player(args, folder):
 
     args: what `PLAYED` names may be None: then the checkpoint's own notes count, then train.py's defaults.
     """
+    folder = model_folder(folder)
     notes = notes_of(folder).get("played", {})
     defaults = {"engine": "torch", "precision": "float32", "temperature": 1.0, "show_actions": False}
     for name in PLAYED:
