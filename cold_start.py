@@ -7,7 +7,7 @@
     python cold_start.py --out policies/reader --env scienceworld --task-types short --copies 40 --epochs 2
     python cold_start.py --out policies/tiny-scienceworld --env scienceworld --task-types short --init policies/reader --sloppy 0.8 \
         --max-steps 30 --copies 14 --epochs 1 --lr 1e-3 --seed 1
-    # for language models: the same with --init FOLDER (at --lr 1e-5 --lm-coef 0 --batch 4), or a dataset for any trainer
+    # for language models: the same with --init (experiments/smollm2_start.sh), or a dataset for any trainer
     python cold_start.py --env alfworld --jsonl expert.jsonl --episodes 200
     # RLVMR's format, for train.py --credit rlvmr: each answer opens with a tag; slips give something to reflect on
     python cold_start.py --out policies/tags --tags --sloppy 0.3 --init policies/tiny --episodes 3000 --epochs 2 \
@@ -41,7 +41,9 @@ from support.critiques import CRITIC, QUESTION_LONG, lesson_loss, make_critic, m
 from support.demonstrations import expert_episodes, play_expert, write_messages
 from games.pool import EnvPool
 from games.experts import FITS
-from support.policies import SHIPPED, add_tags, load_policy, make_chat, save_policy, tiny_model, train_tokenizer
+from support.language_models import model_folder
+from support.policies import (SHIPPED, add_tags, load_policy, make_chat, notes_of, save_policy, tiny_model,
+                              train_tokenizer, trainable)
 from support.tags import thoughts
 from rollout import CORRECTIONS, NO_ACTION, QUESTION, VERDICTS, SYSTEM, ChatFormat, system_prompt
 from actor import forward
@@ -82,7 +84,8 @@ def cold_start(model, episodes, epochs=1, batch=64, lr=2e-3, lm_coef=0.1, seed=0
     lesson: from the episodes of a batch and a generator to a `support.critiques.Lesson`.
     """
     if not episodes:
-        raise ValueError("no episodes to learn from: the expert won none of the games within --max-steps")
+        raise ValueError("no episodes to learn from: the expert won none of the games within --max-steps; those that cannot "
+                         "be played are named above")
     batch = min(batch, len(episodes))
     parts = [{"params": list(model.parameters()), "peak": lr}]
     parts += [{"params": list(value_head.parameters()), "peak": head_lr}] if value_head else []
@@ -176,7 +179,13 @@ def main():
     parser.add_argument("--sloppy", type=float, default=0.0, help="chance of a careless action before each of the expert's")
     parser.add_argument("--stop-step", type=int, help="stop after so many updates, in the middle of the schedule: a policy "
                         "that leaves room to learn by reward")
-    parser.add_argument("--init", help="start from this policy (its tokenizer too) instead of random weights")
+    parser.add_argument("--init", help="start from this policy (its tokenizer too) instead of random weights: a "
+                        "folder, a hub name, a .gguf file, or smollm2")
+    parser.add_argument("--brief", action="store_true", help="--init with a language model: teach it to play "
+                        "without the instructions, by the short prompt of our own policies")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="of --init's "
+                        "matrix products; weights and updates stay in float32")
+    parser.add_argument("--lora-rank", type=int, default=0, help="--init: train low-rank additions of this rank")
     parser.add_argument("--tags", action="store_true", help="each answer opens with one of RLVMR's tags: planning, "
                         "explore, reflection, monitor (with --sloppy, so that some actions fail and are reflected on)")
     parser.add_argument("--critic", default="none", choices=CRITIC, help="learn to judge the expert's actions (with "
@@ -207,7 +216,11 @@ def main():
         args.games = levels.choose_games(args.games, args.env)
         games = levels.level_games(args.env, args.level, "train", args.games, args.task_types)
         games = levels.sample_games(games, args.episodes, args.seed)
-        model, tokenizer = load_policy(args.init, args.device) if args.init else (None, None)
+        model = tokenizer = None
+        if args.init:
+            args.init = model_folder(args.init)
+            model, _, tokenizer = trainable(args.init, args.device, args.precision == "bfloat16", args.lora_rank,
+                                            with_reference=False, seed=args.seed)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     args.max_steps = args.max_steps or levels.max_steps(args.games, args.task_types)
@@ -227,6 +240,8 @@ def main():
         chat, ours = ChatFormat(tokenizer, system_prompt(args.env, True, args.tags), args.tags), True
         if args.init:
             chat, ours = make_chat(tokenizer, args.env, args.init)
+            if args.brief:
+                chat = ChatFormat(tokenizer, system_prompt(args.env, True, args.tags), args.tags, chat.ends)
         if args.tags and not chat.tags:  # it is to learn them now
             chat = ChatFormat(tokenizer, system_prompt(args.env, ours, True), True)
             add_tags(model, tokenizer, args.seed) if ours else None
@@ -247,9 +262,9 @@ def main():
     except ValueError as error:
         sys.exit(f"cold_start.py: {error}")
     # float16 halves the file; the policy is loaded in float32 and its weights are exact in both.
-    save_policy(args.out, model, tokenizer, torch.float16 if ours else None, extras=write_trainer(head),
-                prompt="short" if ours else "instructions", tags=chat.tags, critic=args.critic, correct=args.correct,
-                cold_start=vars(args),
+    prompt = "short" if ours else "brief" if args.brief else notes_of(args.init).get("prompt", "instructions")
+    save_policy(args.out, model, tokenizer, torch.float16 if ours else None, extras=write_trainer(head), prompt=prompt,
+                tags=chat.tags, critic=args.critic, correct=args.correct, cold_start=vars(args),
                 minutes=round((time.time() - begin) / 60, 1))
     print(f"saved {args.out} after {(time.time() - begin) / 60:.1f} minutes")
 

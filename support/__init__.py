@@ -10,6 +10,7 @@ critic.py          a language model as judge
 label_table.py     which labels agree with the oracle, which credit rules punish flaws? label_figures.py draws it
 warmup.py          before RL: a policy that never saw the classifier's question learns it
 policies.py        the tiny policy; loading, saving, LoRA, half precision of any
+language_models.py what --model may name besides a folder: smollm2, a .gguf file, a hub name
 processes.py       several processes: shares of the work, sums over them, weights spread over them (FSDP)
 checkpoints.py     checkpoints that appear complete or not at all; resuming
 logs.py curves.py  what a run logs; curves.png from it
@@ -22,5 +23,5 @@ toy_figures.py     the four figures of toy_bandit.py
 coupling_run.py    coupling.py's flags and episodes; coupling_report.py its tables, coupling_figures.py its pictures,
                    probes.py its probe set and kernel, representation.py what the layers make of them,
                    coupling_dynamics.py leak and own correction while a policy learns
-bench.py           speeds as ratios: python -m support.bench
+bench.py           speeds as ratios: python -m support.bench; bench_models.py those of a language model
 """

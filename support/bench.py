@@ -2,6 +2,7 @@
 
     python -m support.bench                 # everything, some 5 minutes on two cores
     python -m support.bench --only envs     # the environments against stock ALFWorld and ScienceWorld
+    python -m support.bench --only models   # a language model plays and learns (support/bench_models.py)
 
 Nothing here is asserted anywhere: it is measured, printed, and quoted in README.md with the machine it ran on.
 """
@@ -351,8 +352,11 @@ def bench_memory(counts=(256, 512)):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measure speeds as ratios.")
-    parser.add_argument("--only", choices=["envs", "loop", "engines", "memory"], help="one part alone")
-    parser.add_argument("--model", default=os.path.join(HERE, "policies", "tiny"), help="policy for the loop")
+    parser.add_argument("--only", choices=["envs", "loop", "engines", "models", "memory"],
+                        help="one part alone")
+    parser.add_argument("--model", help="policy for the loop (default: the tiny one), for models (smollm2)")
+    parser.add_argument("--precision", default="bfloat16", choices=["float32", "bfloat16"], help="for models")
+    parser.add_argument("--lora-rank", type=int, default=16, help="for models; 0: all weights")
     parser.add_argument("--stock", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.stock:
@@ -362,8 +366,11 @@ if __name__ == "__main__":
             bench_envs()
             bench_scienceworld()
         if args.only in (None, "loop"):
-            bench_loop(args.model)
+            bench_loop(args.model or os.path.join(HERE, "policies", "tiny"))
         if args.only in (None, "engines"):
-            bench_engines(args.model)
+            bench_engines(args.model or os.path.join(HERE, "policies", "tiny"))
+        if args.only == "models":  # alone, since SmolLM2 is not everywhere
+            from support.bench_models import bench_models
+            bench_models(args.model or "smollm2", args.precision, args.lora_rank)
         if args.only in (None, "memory"):
             bench_memory()

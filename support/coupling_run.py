@@ -14,6 +14,7 @@ from games import levels
 from grpo import token_weights
 from rollout import play
 from support.batches import lay_out
+from support.language_models import model_folder
 from support.policies import load_policy, notes_of
 from support.setup import ADAMW
 
@@ -164,7 +165,7 @@ def choose_games(args):
     """Resolve what is automatic, in place; returns the games of all draws, none of them twice. Raises
     FileNotFoundError or ValueError, one line."""
     for folder in args.model:  # a mistyped one is told now, not after hours of measuring the others
-        load_policy(folder)
+        load_policy(model_folder(folder))
     kind = levels.choose_games(args.games, args.env)
     ours = all(notes_of(folder).get("prompt") == "short" for folder in args.model)
     args.task_types = args.task_types or (["short"] if ours and args.env == "scienceworld" else None)

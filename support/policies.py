@@ -237,12 +237,16 @@ def save_policy(folder, model, tokenizer, dtype=None, extras=None, state=None, *
 
 
 def make_chat(tokenizer, env, folder):
-    """(chat format, whether it is a tiny policy of ours). Ours knows the short prompt; others need the instructions."""
+    """(chat format, whether it is a tiny policy of ours).
+
+    Ours know the short prompt (noted as "short"), and so do language models that were cold-started on it
+    ("brief"); others need the instructions.
+    """
     notes = notes_of(folder)
-    tiny, tags = notes.get("prompt") == "short", bool(notes.get("tags"))
-    chat = ChatFormat(tokenizer, system_prompt(env, tiny, tags), tags, generation_ends(folder))
+    short, tags = notes.get("prompt") in ("short", "brief"), bool(notes.get("tags"))
+    chat = ChatFormat(tokenizer, system_prompt(env, short, tags), tags, generation_ends(folder))
     chat.corrections = tuple(notes.get("corrections", ()))  # a checkpoint's: it is played as it was trained
-    return chat, tiny
+    return chat, notes.get("prompt") == "short"
 
 
 def answer_tokens(tiny, tags):

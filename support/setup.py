@@ -21,6 +21,7 @@ from support.batches import make_question
 from support.checkpoints import checkpoints, load_head
 from support.controls import Detached
 from support.corrections import check_taught
+from support.language_models import model_folder
 from support.policies import (answer_tokens, check_tags, compute_in_bfloat16, load_policy, make_chat, notes_of,
                               trainable)
 
@@ -109,7 +110,7 @@ def setup(args):
           "--level, --max-steps" + (f"; tasks {' '.join(args.task_types)}: --task-types)" if args.task_types else ")"))
     pool = EnvPool(max(1, args.workers // processes))
     with accelerator.main_process_first():
-        folder = args.model if args.model != "tiny" else make_cold_start(args, games, pool)
+        folder = model_folder(args.model) if args.model != "tiny" else make_cold_start(args, games, pool)
     if args.credit == "rlvmr":
         check_tags(folder)
     if args.correct:
@@ -140,7 +141,8 @@ def setup(args):
           "(--classifier)")
     print(f"output  {args.out}   (--out)", flush=True)
     return SimpleNamespace(
-        args=args, games=games, pool=pool, folder=folder, prompt="short" if ours else "instructions", chat=chat,
+        args=args, games=games, pool=pool, folder=folder, chat=chat,
+        prompt=notes_of(folder).get("prompt", "instructions"),
         tokenizer=tokenizer, model=model, reference=reference, value_head=value_head,
         question=make_question(chat) if args.classifier in ("generative", "both") else None,
         engine=make_engine(args, model, chat, folder), engine_restarts=0, accelerator=accelerator,
@@ -215,6 +217,7 @@ def player(args, folder):
 
     args: what `PLAYED` names may be None: then the checkpoint's own notes count, then train.py's defaults.
     """
+    folder = model_folder(folder)
     notes = notes_of(folder).get("played", {})
     defaults = {"engine": "torch", "precision": "float32", "temperature": 1.0, "show_actions": False}
     for name in PLAYED:
