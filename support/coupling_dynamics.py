@@ -72,10 +72,12 @@ def split(run):
     """The split update between two halves of as many games as an iteration has."""
     args = argparse.Namespace(**{**vars(run.args), "blocks": BLOCKS, "step": STEP,
                                  "batch": run.args.tasks * run.args.group_size})
-    seed = args.seed * 1_000_003 - 1  # iterations add their number, from 0 for the warm-up on
-    games = levels.sample_games(run.games, 2 * BLOCKS * -(-args.tasks // (2 * BLOCKS)), seed)
+    games, seed = games_apart(run)
     silent = SimpleNamespace(write=lambda line: None, update=lambda: None)
-    episodes = collect(args, run.engine, run.chat, run.pool, games, seed, silent)
+    try:
+        episodes = collect(args, run.engine, run.chat, run.pool, games, seed, silent)
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
     if args.reward == "success":
         pay_success_only(episodes)
     halves = [[e for e in episodes if (e.group < len(games) // 2) == here] for here in (True, False)]
@@ -87,6 +89,13 @@ def split(run):
     changes, share = split_update(args, as_run(args, run.model, None), first, held_out, mask, moments(run))
     return {f"{name}_{rule}_{kind}": cell[name] for rule, change in changes.items()
             for kind, cell in summarize(change, share, held_out, draws=2).items() for name in ("leak", "own")}
+
+
+def games_apart(run):
+    """The games of the split update, the same ones each time, and their seed. (An iteration's seed is
+    `--seed` * 1_000_003 + its number. Minus one would not do: Python's random takes -1 for 1.)"""
+    seed, least = run.args.seed * 1_000_003 + 999_999, 2 * BLOCKS  # a group for each block of each half
+    return levels.sample_games(run.games, least * -(-run.args.tasks // least), seed), seed
 
 
 def moments(run):

@@ -224,6 +224,32 @@ def test_no_ratio_where_nothing_corrects():
     assert coupling_report.interval(numpy.array([1.0] * 90 + [numpy.nan] * 10)) == (None, None)
 
 
+def test_the_ratio_of_several_draws_is_that_of_the_means():
+    """A draw whose correction is nearly nothing has a ratio of 100: it must not rule the mean."""
+    row = lambda leak, own: {"plain": {"flawed": {"leak": leak, "own": own, "net": leak + own, "ratio": 7.0}}}
+    rows = [row(0.1, -0.001), row(0.2, -0.2), row(0.3, -0.399)]
+    ratio, low, high = coupling_report.combine(rows, "plain", "flawed")["ratio"]
+    assert ratio == pytest.approx(0.6 / 0.6) and low < 1.0 < high
+    doubled = [row(2 * r["plain"]["flawed"]["leak"], r["plain"]["flawed"]["own"]) for r in rows]
+    gap, low, high = coupling_report.gaps(rows, doubled, "plain", "flawed")["ratio"]
+    assert gap == pytest.approx(1.0)
+    leaks, half = coupling_report.gaps(rows, doubled, "plain", "flawed")["leak"], 4.303 * 0.1 / math.sqrt(3)
+    assert leaks == pytest.approx((0.2, 0.2 - half, 0.2 + half), rel=1e-3)
+    none = coupling_report.combine([row(0.1, 0.2), row(0.1, 0.1)], "plain", "flawed")["ratio"]
+    assert none == (None, None, None)  # nothing corrects
+
+
+def test_what_became_of_a_flaw_is_read_from_the_level_trained_for(tmp_path):
+    rates = lambda x: {name: x for name in coupling_report.FLAWS}
+    rows = [{"iteration": 0, "eval_L1": rates(0.4)}, {"iteration": 1, "success": 0.5},
+            {"iteration": 2, "eval_L1": rates(0.1), "eval_L0": rates(0.9)}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert coupling_report.fates([tmp_path])[tmp_path]["repeated"] == (0.4, 0.1)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(ValueError, match="no evaluation before and after"):
+        coupling_report.fates([tmp_path])
+
+
 # ------------------------------------------------------------------------------------------------- the kernel
 
 @pytest.fixture
@@ -337,7 +363,10 @@ def test_the_command_pairs_models_and_keeps_held_out_games_out(monkeypatch, tmp_
     printed = capsys.readouterr().out
     assert printed.count("additivity") == 2 and "paired by draw" in printed
     assert "same action, good and flawed" in printed
-    assert {"danger_zone.png", "kernel.png"} <= set(os.listdir(tmp_path / "out"))
+    assert {"danger_zone.png", "kernel.png", "kernel.jsonl"} <= set(os.listdir(tmp_path / "out"))
+    assert "after the action, layer 4" in printed
+    lines = [json.loads(line) for line in open(tmp_path / "out" / "kernel.jsonl")]
+    assert lines[0]["cosines"] == lines[1]["cosines"] and lines[0]["layers"]["after"][4]["accuracy"][0] > 0
     assert max(cell["additivity"] for cell in a["plain"].values()) < 0.05
     before = file.read_text()
     assert all("valid_unseen" in json.loads(line)["game"] for line in before.splitlines())
@@ -358,6 +387,8 @@ def test_draws_share_no_game(monkeypatch):
     (("--model", "no/such/folder"), "not a checkpoint"),
     (("--model", TINY, "--episodes", "100"), "--episodes 100"),
     (("--model", TINY, "--blocks", "1"), "--blocks"),
+    (("--model", TINY, "--draws", "0"), "--draws"),
+    (("--model", TINY, "--after", "no/such/run"), "no metrics.jsonl"),
     (("--model", TINY, "--model", TINY), "twice"),
     (("--model", TINY, "--out", os.path.join(TINY, "config.json")), "config.json"),
     (("--model", TINY, "--probes", os.path.join(TINY, "config.json"), *SMALL), "not a file of probes"),

@@ -69,6 +69,16 @@ def test_a_watched_run_is_the_same_run_bit_for_bit_and_resumes(tmp_path):
     assert rows_of(killed, True) == rows and rows_of(killed, False) == rows_of(plain, False)
 
 
+def test_no_iteration_plays_the_games_of_the_split_update():
+    args = SimpleNamespace(seed=0, tasks=6)
+    run = SimpleNamespace(args=args, games=levels.level_games("alfworld", "L1", "train", "generated"))
+    games, seed = coupling_dynamics.games_apart(run)
+    names = {game.name for game in games}
+    assert len(names) == 8 and (games, seed) == coupling_dynamics.games_apart(run)
+    for iteration in range(33):
+        assert not names & {game.name for game in levels.sample_games(run.games, 16, iteration)}
+
+
 def test_log_probabilities_of_probes_are_the_model_s_own(model, chat, pool):
     """Against plain logits, at a temperature, whatever the size of a micro-batch."""
     games = [levels.generated_game("valid_unseen", seed) for seed in range(12)]
