@@ -44,7 +44,9 @@ def test_observations_and_answers_are_what_was_read_and_sampled(episodes, chat):
 def test_probabilities_against_plain_forward_passes(model, chat, episodes):
     """Of every step alone: the head on the model's own hidden state, the two verdicts after the question, spelled out. In
     micro-batches that take the episodes in another order."""
-    del episodes[0].steps[1:]  # lengths differ
+    del episodes[0].steps[1:]  # the first becomes the shortest
+    for values in (episodes[0].tokens, episodes[0].sampled, episodes[0].logprobs):
+        del values[episodes[0].steps[0].end:]
     head, question = torch.nn.Linear(model.config.hidden_size, 1), make_question(chat)
     found = report.chances(model, episodes, head, -1, question, max_tokens=300)
     good, bad = (chat.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("good", "bad"))
@@ -335,6 +337,17 @@ def test_curves_are_drawn_from_the_metrics(view):
     xs, ys = zip(*(map(float, point.split(",")) for point in line))
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1]) and ys[0] - ys[1] == pytest.approx(ys[1] - ys[2]) and ys[0] > ys[2]
     assert page.query_selector(".chart svg text").inner_html() == "0.0" and not page.is_visible("#episodes")
+
+
+def test_further_sections_carry_text_table_and_picture(view):
+    """A page of sections alone: no episodes, and the picture is in the page itself."""
+    picture = os.path.join(ROOT, "docs", "4_remedy.png")
+    page = view([], sections=[report.section("Coupling", "leak against own correction", ["kind", "leak"], [["repeated", 0.19]],
+                                             picture), report.section("More", "words alone")])
+    assert [one.inner_text() for one in page.query_selector_all("#more h2")] == ["Coupling", "More"]
+    assert page.inner_text("#more td:nth-child(2)") == "0.19" and not page.is_visible("#episodes")
+    page.wait_for_selector("#more img")
+    assert page.evaluate("document.querySelector('#more img').naturalWidth") > 100
 
 
 def test_a_thousand_episodes_are_there_at_once(view):
