@@ -82,6 +82,8 @@ def test_forbidden_slips_are_not_made(pool):
     assert commands(sloppy=0.9, kinds=lambda game: ()) == commands()
     idle = commands(sloppy=0.9, kinds=lambda game: ("idle",))
     assert [[c for c in one if c not in ("look", "inventory")] for one in idle] == commands() != idle
+    wander = commands(sloppy=0.9, kinds=lambda game: ("wander",))  # where that is not possible, nothing in its place
+    assert wander != commands() and not {"look", "inventory"} & {command for one in wander for command in one}
     assert commands(sloppy=0.9) == commands(sloppy=0.9, kinds=lambda game: SLIPS)
 
 
