@@ -88,9 +88,11 @@ def test_every_credit_rule_trains(rule, env, run_of, taught):
     for row in rows:
         assert all(math.isfinite(row[name]) for name in ("loss", "policy_loss", "kl", "grad_norm", "entropy"))
         assert row["skipped"] == 0 and 0 < row["steps"] <= run.args.max_steps
-    some = rows[0]["groups_without_signal"] < 1 or rule == "adca"  # labels are a signal of their own
-    if rule != "rlvmr":  # this policy knows no tags: all of its answers are malformed there, as bad as one another
-        assert rows[0]["grad_norm_grpo"] > 0 if some else rows[0]["grad_norm_grpo"] < 1e-3
+    # Labels are a signal of their own. The policy here knows no tags: under rlvmr all of its answers are malformed, as bad as
+    # one another. Rules that look at single steps may find a signal where the outcomes are equal; GRPO may not.
+    some = rule != "rlvmr" and (rows[0]["groups_without_signal"] < 1 or rule == "adca")
+    if some or rule == "grpo":
+        assert (rows[0]["grad_norm_grpo"] > 1e-3) == some
     assert not some or moved(run) > 1e-5
 
 
