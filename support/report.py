@@ -150,6 +150,8 @@ def of_checkpoint(name, args, engine, chat, pool, episodes, result):
     about = (f"{result['split'] or result['level']} of {args.env}, {result['games_from']} games, each played once, seed "
              f"{args.seed}, temperature {args.temperature:g}; labels by flaws; no groups, hence no advantages")
     labels = [int(not step.flawed) for episode in played for step in episode.steps]
+    near = os.path.relpath(name)
+    name = near if os.path.isdir(name) and not near.startswith("..") else name
     return describe(name, played, chat, result, about, label=labels, oracle=oracle, **found), rows
 
 
@@ -185,7 +187,7 @@ def report_run(run, iteration, episodes, summary):
     for level, (result, played) in run.evaluated.items():
         played = [episode for episode in played if episode.steps]
         labels = [int(not step.flawed) for episode in played for step in episode.steps]
-        about = f"the level's test games after {iteration} iterations, each played once: no groups, hence no advantages"
+        about = f"the level's test games after iteration {iteration}, each played once: no groups, hence no advantages"
         sets.append(describe(f"{level}, test", played, run.chat, result, about, label=labels, **judged(played)))
     batch, std = lay_out(episodes), args.advantage == "std"
     batch.advantages = CREDIT["grpo"](episodes, std)
