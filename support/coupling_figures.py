@@ -2,6 +2,7 @@
 
     python -m support.coupling_figures runs/coupling/results.jsonl --out danger_zone.png   # of one, or more
     python -m support.coupling_figures runs/coupling/results.jsonl --after runs/a runs/b --out fate.png
+    python -m support.coupling_figures runs/coupling/kernel.jsonl --out path.png
 """
 
 import argparse
@@ -149,16 +150,53 @@ def draw_fate(starts, path):
     save(figure, path)
 
 
+def draw_path(lines, path):
+    """Kernel and representation from checkpoint to checkpoint, with 95% bootstrap intervals over games.
+
+    lines: of kernel.jsonl, in the order wanted. Left: mean cosine of policy gradients, the same action good
+    and flawed (A) and both good (B); no gap is no separation. Right: how well a linear classifier tells good
+    from flawed in the last layer, on games that it has not seen.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
+    names = [line["model"].rstrip("/").split("/")[-1] for line in lines]
+
+    def bars(axis, cells, shift, color, label):
+        for x, (value, low, high) in enumerate(cells):
+            axis.plot([x + shift], [value], "o", color=color, label=label if x == 0 else None)
+            if low is not None:
+                axis.plot([x + shift] * 2, [low, high], color=color, linewidth=1.5)
+    for g, (color, shift) in zip("ABE", zip(COLORS, (-0.12, 0.0, 0.12))):
+        cells = [line["cosines"]["all"][g] for line in lines]
+        bars(left, [(c["cosine"], c["low"], c["high"]) for c in cells], shift, color, f"{g}  {GROUPS[g]}")
+    for place, color, shift in (("before", COLORS[3], -0.06), ("after", COLORS[4], 0.06)):
+        cells = [line["layers"][place][-1]["accuracy"] for line in lines]
+        bars(right, cells, shift, color, f"{place} the action")
+    left.set(title="mean cosine of grad log pi(action)", ylabel="cosine")
+    right.set(title="good or flawed? linear accuracy, last layer, other games", ylabel="accuracy")
+    right.axhline(0.5, color="k", linewidth=0.5)
+    for axis in (left, right):
+        axis.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=8)
+        axis.grid(axis="y", alpha=0.3)
+        axis.legend(fontsize=8)
+    save(figure, path)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Pictures from the rows of coupling.py.")
-    parser.add_argument("results", nargs="+", help="results.jsonl of one measurement or several")
+    parser.add_argument("results", nargs="+", help="results.jsonl of one measurement or several; or "
+                        "kernel.jsonl: kernel and representation from checkpoint to checkpoint")
     parser.add_argument("--after", action="append", nargs="+", metavar="RUN", help="draw the ratio against "
                         "what became of each flaw: the runs of train.py that began with the policy of the "
                         "first file; again for the second, and so on")
     parser.add_argument("--out", default="danger_zone.png", help="picture to write")
     args = parser.parse_args()
     try:
-        files = [[row for row in map(json.loads, open(path)) if "plain" in row] for path in args.results]
+        files = [[json.loads(line) for line in open(path)] for path in args.results]
+        kernels = [row for rows in files for row in rows if "cosines" in row]
+        if kernels:
+            draw_path(kernels, args.out)
+            return
+        files = [[row for row in rows if "plain" in row] for rows in files]
         if not all(files):
             raise ValueError("no rows of coupling.py in one of these files")
         if args.after and len(args.after) != len(files):
