@@ -19,6 +19,7 @@ tags.py            RLVMR's tags for what experts do
 lesson.py          one real episode, from text to loss, as a page of tables
 critiques.py       verdicts and their reasons, for a cold start that learns to judge
 corrections.py     instructions against flaws that have become common
+report.py          every step of every game as one page, from the template report.html
 toy_figures.py     the four figures of toy_bandit.py
 coupling_run.py    coupling.py's flags and episodes; coupling_report.py its tables, coupling_figures.py its pictures,
                    probes.py its probe set and kernel, representation.py what the layers make of them,
