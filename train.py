@@ -207,7 +207,7 @@ def parse_arguments():
 
     flag = parser.add_argument_group("who plays").add_argument
     # The tiny policy starts inside the danger zone: it has learnt from a careless expert (cold_start.py).
-    flag("--model", default="tiny", help="`tiny`, or any Hugging Face folder or hub name")
+    flag("--model", default="tiny", help="`tiny`, `smollm2`, a folder, hub name or .gguf file")
     flag("--cold-start", default="auto", choices=["auto", "train", "none"],
          help="of `tiny`; auto: policies/tiny, trained on for official games; none: random weights")
     flag("--cold-start-episodes", type=int, default=1500, help="expert games, where one is trained")
