@@ -201,7 +201,7 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--agent", default="model", choices=["model", "expert", "random"], help="who plays")
     parser.add_argument("--env", default="alfworld", choices=levels.ENVS)
-    parser.add_argument("--model", help="Hugging Face folder or hub name (default: the tiny policy of the "
+    parser.add_argument("--model", help="folder, hub name, .gguf, smollm2 (default: the tiny policy of the "
                         "environment)")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two checkpoints, or two results "
                         "saved with --json")
