@@ -102,12 +102,12 @@ def rlvmr(episodes, normalize_std=True, labels=None, alpha=0.5):
 
     Its code has one pool for all steps without a rewarded tag, monitoring and malformed ones alike, and so
     have we: among malformed steps alone the penalty, the same for all, would be normalised away. That code
-    adds a weighted second term to a whole first one; we weigh as the paper does. Without any tag nothing is
-    weighed.
+    adds a weighted second term to a whole first one; we weigh as the paper does. A group without any tag is
+    left to its outcome: there RLVMR is GRPO.
     """
     steps, outcome = steps_of(episodes), grpo(episodes, normalize_std)
-    if not any(step.tag for *_, step in steps):
-        return outcome
+    tagged = {e.group for e, _, step in steps if step.tag}
+    alpha = torch.tensor([alpha if e.group in tagged else 1.0 for e, *_ in steps])                      # (S,)
     pools = [(e.group, step.tag if step.tag != "monitor" else None) for e, _, step in steps]
     process = among([m for e in episodes for m in tag_rewards(e)], pools, normalize_std)
     return alpha * outcome + (1.0 - alpha) * process

@@ -88,10 +88,10 @@ def train(args, run):
         # 6. Gradients of the loss, clipped; a step. Every group is used once: more epochs over the same
         #    episodes would move the policy away from the one whose advantages these are.
         sums = []
-        for part in batches:
+        for i, part in enumerate(batches):
             measured = not sums and iteration % args.norms_every == 1 % args.norms_every
             apart = gradient_norms_apart(run, part, gradients) if measured else {}
-            coef = classifier_coef(args, run, part, gradients, weigh, seed)                     # lambda
+            coef = classifier_coef(args, run, part, gradients, weigh, seed + i)                 # lambda
             sums.append(gradients(args, run, part, classifier_coef=coef) | apart)
             compare_engine(run, gaps, sums)  # did the engine sample from the policy that we train?
             sums[-1]["grad_norm"] = clip_gradients(parameters, args.max_norm)

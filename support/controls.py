@@ -5,8 +5,8 @@
                    are as they were, what a label says of its step is destroyed
     per-text       a random label fixed per action text: can be learnt by heart from the action alone, says nothing of
                    whether it is right here
-    random-target  a coin for every step, drawn anew each time, and lambda such that the gradient's norm is the one that
-                   the true labels would have: an equal disturbance of the trunk without anything to learn
+    random-target  a coin for every step, drawn anew each time, and lambda such that the trunk's gradient has the norm that
+                   the true labels would give it: an equal disturbance of the trunk without anything to learn
 
 The fifth control, the same labels in the advantage (ADCA), is a credit rule: credit.py.
 """
@@ -59,7 +59,8 @@ CONTROLS = {"none": keep, "stop-gradient": keep, "shuffled": shuffle, "per-text"
 
 
 def classifier_coef(args, run, batch, gradients, weigh, seed):
-    """lambda; for `random-target` the one with which the random labels' gradient is as long as the true labels' would be.
+    """lambda; for `random-target` the one with which the random labels' gradient in the trunk is as long as the true
+    labels' would be.
 
     gradients, weigh: train.py's.
     """
@@ -69,5 +70,6 @@ def classifier_coef(args, run, batch, gradients, weigh, seed):
     for labels in (batch.true_labels, batch.labels):
         twin = dataclasses.replace(batch, labels=labels)
         gradients(args, run, weigh(args, twin, seed), grpo_coef=0.0)
-        lengths.append(clip_gradients([p for part in run.optimizer.param_groups for p in part["params"]], math.inf))
+        trunk = [p for p in run.model.parameters() if p.grad is not None]  # not the head: that is to be left as it is
+        lengths.append(clip_gradients(trunk, math.inf))
     return args.classifier_coef * lengths[0] / lengths[1] if lengths[1] > 0 else 0.0

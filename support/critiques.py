@@ -101,7 +101,7 @@ def refused(command, here, held, seen, closed):
     >>> refused("open safe 1", "bed 1", None, {}, set())
     'safe 1 is elsewhere.'
     """
-    if command == f"go to {here}":
+    if here and command == f"go to {here}":
         return f"already at {here}."
     if asked := re.fullmatch(r"(?:open|close) (\w+ \d+)", command):
         if asked[1] != here:
@@ -119,7 +119,9 @@ def refused(command, here, held, seen, closed):
         return f"{thing} is not in hand." if thing != held else f"{command} is not possible."
     if place in closed:
         return f"{place} is closed."
-    return f"{thing} is not here." if thing not in seen.get(here, ()) else f"{held} is in hand."
+    if thing not in seen.get(here, ()):
+        return f"{thing} is not here."
+    return f"{held} is in hand." if held else f"{command} is not possible."
 
 
 def sensible(command, task, held, seen, closed, done):

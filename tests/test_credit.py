@@ -191,6 +191,28 @@ def test_groups_do_not_see_each_other():
         assert torch.allclose(alone, between[2:10], atol=1e-6), name
 
 
+def test_a_group_without_tags_is_left_to_its_outcome_whatever_tags_another_has():
+    bare = group(number=7)
+    for one in bare:
+        for s in one.steps:
+            s.tag = None
+    assert torch.equal(rlvmr(group() + bare)[8:], grpo(bare)) and torch.equal(rlvmr(group() + bare)[:8], rlvmr(group()))
+
+
+def test_hgpo_compares_a_short_past_with_nobody():
+    """p comes back at the third step of the second episode; returns there 0, at both openings 1/2 and 1/4, gamma
+    1/2. Alone (k = 1): 1/2, 1/4, 0 with mean 1/4 and variance 1/24. With one step of past (k = 2) only the third
+    has one, and it is alone: no term. Pooling the openings by it would compare them once more."""
+    first = Episode("game", 0, won=True, reward=1.0, steps=[step("a", "p", "go", "b"), step("b", "q", "take", "w", reward=1.0)])
+    second = Episode("game", 0, won=True, reward=0.5, steps=[
+        step("a", "p", "look", "a"), step("a", "n", "go", "b", reward=0.5), step("b", "p", "drop", "c")])
+    third = Episode("game", 0, steps=[step("a", "p", "wander", "c")])
+    found = hgpo([first, second, third], gamma=0.5, history=1)
+    # k = 1, all that read p: 1/2, 1/4, 0, 0; k = 2: a step whose past is too short has no term of that kind
+    mean, std = 3 / 16, (((5 / 16) ** 2 + (1 / 16) ** 2 + 2 * (3 / 16) ** 2) / 4) ** 0.5
+    assert found.tolist() == approx([(0.5 - mean) / std, 0.0, (0.25 - mean) / std, 0.0, -mean / std, -mean / std])
+
+
 def test_a_group_without_success_teaches_nothing():
     """No success, no reward: 0 for all rules but those that have their signal from elsewhere (tags, labels).
     With partial scores and no success, GraphGPO is left with the outcome."""
