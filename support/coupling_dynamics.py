@@ -35,8 +35,6 @@ def prepare_watch(run):
     """The probes of `--probes`, as the run's policy reads them, on the process that logs; [] without. The
     file is made where there is none. Ends the run, by one line, where that cannot be."""
     args = run.args
-    if args.coupling_every < 0:
-        sys.exit("train.py: --coupling-every must not be negative")
     why = ("--shard: the weights are spread over processes" if args.shard else
            "a policy in bfloat16 (--precision): differences of nearly equal numbers are read"
            if args.coupling_every and in_half(args) else "")

@@ -109,7 +109,6 @@ def test_moments_of_a_run_lose_their_bias_and_are_0_of_frozen_weights(model):
 @pytest.mark.parametrize("arguments, message", [
     (["--probes", os.path.join(ROOT, "README.md")], "not a file of probes"),
     (["--probes", "/proc/nowhere/probes.jsonl"], "--probes /proc/nowhere/probes.jsonl: "),
-    (["--coupling-every", "-1"], "--coupling-every must not be negative"),
     (["--coupling-every", "1", "--precision", "bfloat16"], "do not go with a policy in bfloat16"),
 ])
 def test_bad_input_is_one_clear_line(arguments, message, tmp_path):

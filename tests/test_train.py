@@ -197,6 +197,7 @@ def test_metrics_have_what_the_readme_promises(whole_run):
     (["--lora-rank", "-1"], "--lora-rank must not be negative"),
     (["--norms-every", "0"], "--norms-every must be at least 1"),
     (["--lr", "0"], "--lr must be positive"),
+    (["--coupling-every", "-1"], "--coupling-every must not be negative"),
     (["--kl-coef", "-1"], "--kl-coef must not be negative"),
     (["--device", "nonsense"], "--device nonsense cannot be used here"),
     (["--out", "HOLDS-A-RUN"], "there is a run in it: go on with --resume"),
