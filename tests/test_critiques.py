@@ -153,6 +153,7 @@ def judging(model, head, episodes, chat):
     return either.mean().item(), out["verdicts"][::2].mean().item(), accuracy
 
 
+@pytest.mark.long
 def test_a_cold_start_with_a_critic_answers_the_question_of_rl_at_once(tokenizer, chat, pool):
     """On games that it never saw, before any warm-up. To the shipped policy the verdicts are as good as impossible."""
     learnt, held_out = (sorted(expert_episodes(houses(*span), pool, chat, max_steps=60, progress=False, sloppy=0.6,

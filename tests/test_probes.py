@@ -32,6 +32,7 @@ def rows_of(folder, watched):
     return [{k: v for k, v in row.items() if wanted(k)} for row in curves.read_metrics(folder)]
 
 
+@pytest.mark.long
 def test_a_watched_run_is_the_same_run_bit_for_bit_and_resumes(tmp_path):
     """With and without; killed after the second iteration and resumed. The shipped policy, which wins now and
     then: a policy that never wins has no gradient to split."""
