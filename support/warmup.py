@@ -4,7 +4,8 @@ A language model knows what "good or bad?" asks for. A policy trained on games a
 e^-24; then -log pi(verdict) drowns the reward, and what follows the assistant's header becomes a verdict everywhere, in
 the place of actions too (see EXPERIMENTS.md). So: supervised updates on L_cls - log pi(own sampled tokens), where the
 second term keeps the policy where it is. Every arm of a comparison gets the same updates on the same episodes, GRPO alone
-with the second term only; evaluation "before" comes after them, where RL starts.
+with the second term only (a control's labels are a control's here, too); evaluation "before" comes after them, where RL
+starts. The KL's reference stays the policy before them (`--model`), so the KL is not 0 in the first iteration.
 """
 
 import torch

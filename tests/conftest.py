@@ -19,11 +19,11 @@ from engines import torch_engine  # noqa: E402
 def pytest_addoption(parser):
     parser.addoption("--long", "--all-games", action="store_true",
                      help="also what takes minutes: every task and every official validation game beside the "
-                     "stock packages, each way in which a process may die")
+                     "stock packages, each way in which a process may die, runs compared bit for bit")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "long: only with --long; a shorter test of the same thing runs always")
+    config.addinivalue_line("markers", "long: takes a minute and more, only with --long")
 
 
 def pytest_collection_modifyitems(config, items):
