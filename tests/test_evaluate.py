@@ -79,7 +79,7 @@ def test_comparison_by_hand():
         compare(a, summarize([scored("other", True, 100)]))
 
 
-@pytest.mark.parametrize("env", levels.ENVS)
+@pytest.mark.parametrize("env", ["alfworld", pytest.param("scienceworld", marks=pytest.mark.long)])
 def test_the_scale_s_two_ends(env):
     """The expert wins everything, the random agent next to nothing, whatever the number of workers."""
     if env == "alfworld":

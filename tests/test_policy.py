@@ -162,6 +162,7 @@ except FileNotFoundError as error:
 """
 
 
+@pytest.mark.long
 def test_an_interrupted_download_is_one_clear_line_and_the_next_run_completes_it(tmp_path):
     """A hub of our own that hangs up in the middle of the weights, and later does not."""
     up = {"for": 100_000}  # bytes of the weights' file that the hub sends before it hangs up
