@@ -3,6 +3,7 @@
     python coupling.py --model policies/tiny --out runs/coupling              # one draw of games: 2 minutes
     python coupling.py --model A --model B --draws 10 --out runs/a-and-b      # paired: on the same games
     python coupling.py --model policies/tiny --probes runs/probes.jsonl       # kernel and representation, too
+    python coupling.py --model policies/tiny --report runs/coupling.html      # one page: tables, pictures, steps
     python coupling.py --model policies/tiny --after runs/a runs/b          # what became of its flaws there
 
 **The split update**: what training would do to this policy's flaws. The policy plays training games. On half
@@ -45,6 +46,7 @@ import math
 import os
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -53,9 +55,10 @@ from games.pool import EnvPool
 from rollout import flaw_rates
 from support.batches import deal, forward, micro_batches, sampled_logprobs
 from support.coupling_figures import draw_danger_zone, draw_fate, draw_kernels
+from support.coupling_page import write_page
 from support.coupling_report import fates, paired, summarize, table, write_lines
 from support.coupling_run import as_run, checkpoint_moments, choose_games, collect, parse_arguments, prepare
-from support.probes import encode, group_cosines, kernel_table, probe_file
+from support.probes import encode, group_cosines, kernel_table, probe_file, probe_logprobs
 from support.representation import representation, representation_table
 from support.setup import player
 
@@ -239,6 +242,7 @@ def measure(args, run, games, seed, v=None):
     if not args.no_adam and v is None:
         v = second_moments(args, run, [first, held_out])
     found, share = split_update(args, run, first, held_out, mask, v)
+    run.shown = run.chat, held_out, found["plain"]["change"]  # the page has these episodes
     return {"games": [sorted({e.game.name for e in half}) for half in halves], "episodes": len(episodes),
             "success": sum(e.won for e in episodes) / len(episodes), **flaw_rates(episodes),
             **{rule: summarize(one, share, held_out) for rule, one in found.items()}}
@@ -246,8 +250,10 @@ def measure(args, run, games, seed, v=None):
 
 def measure_all(args, pool, games, probes):
     """Every model on every draw's games, and on the probes; tables are printed and rows written as they come.
-    Returns the rows and, per model, (Gram matrices, probes as the model reads them)."""
-    rows, lines, grams, count = [], [], {}, len(games) // max(1, args.draws)
+    Returns the rows and, by model, what there is to look at: `grams` (Gram matrices, probes as the model reads
+    them), `held_out`, `scores`, `layers`, `said` of support/coupling_page.py."""
+    rows, lines, count = [], [], len(games) // max(1, args.draws)
+    seen_of = SimpleNamespace(grams={}, held_out={}, scores={}, layers={}, said={})
     for folder in args.model:
         here = argparse.Namespace(**vars(args))  # two models may have been trained in two ways
         engine, chat = player(here, folder)
@@ -265,18 +271,21 @@ def measure_all(args, pool, games, probes):
                              "args": vars(args)})
                 write_lines(os.path.join(args.out, "results.jsonl"), rows)
         if args.draws:
+            seen_of.held_out[folder] = run.shown
             print(table(folder, [row for row in rows if row["model"] == folder]) + "\n", flush=True)
         if probes:
             seen = encode(probes, chat)
-            grams[folder] = probe_kernel(engine.model, seen, here.temperature), seen
-            cosines = {block: group_cosines(gram, seen) for block, gram in grams[folder][0].items()}
-            layers = representation(engine.model, seen)
-            print(f"{kernel_table(folder, cosines, seen)}\n{representation_table(layers)}\n", flush=True)
+            grams = probe_kernel(engine.model, seen, here.temperature)
+            cosines = {block: group_cosines(gram, seen) for block, gram in grams.items()}
+            layers, said = representation(engine.model, seen), kernel_table(folder, cosines, seen)
+            print(f"{said}\n{representation_table(layers)}\n", flush=True)
+            seen_of.grams[folder], seen_of.layers[folder], seen_of.said[folder] = (grams, seen), layers, said
+            seen_of.scores[folder] = probe_logprobs(engine.model, seen, here.temperature, args.micro_tokens)
             lines.append({"model": folder, "probes": args.probes, "cosines": cosines, "layers": layers})
             write_lines(os.path.join(args.out, "kernel.jsonl"), lines)
     if len(args.model) > 1 and args.draws:
         print(paired(args.model, rows))
-    return rows, grams
+    return rows, seen_of
 
 
 def main():
@@ -287,15 +296,17 @@ def main():
         os.makedirs(args.out, exist_ok=True)
         with EnvPool(args.workers) as pool:
             probes = probe_file(args, pool) if args.probes else None
-            rows, grams = measure_all(args, pool, games, probes)
+            rows, seen_of = measure_all(args, pool, games, probes)
         picture = lambda name: os.path.join(args.out, name)
         if rows:
             draw_danger_zone(rows, picture("danger_zone.png"))
         if args.after:
             draw_fate([(args.model[0], [row for row in rows if row["model"] == args.model[0]], args.after)],
                       picture("fate.png"))
-        draw_kernels(grams, picture("kernel.png"))
-        print(f"results and pictures: {args.out}")
+        draw_kernels(seen_of.grams, picture("kernel.png"))
+        if args.report:
+            write_page(args, rows, probes, seen_of)
+        print(f"results and pictures: {args.out}" + (f", page: {args.report}" if args.report else ""))
     except OSError as error:
         sys.exit("coupling.py: " + (f"{error.filename}: {error.strerror}" if error.filename else str(error)))
     except ValueError as error:

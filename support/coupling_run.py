@@ -135,6 +135,7 @@ def parse_arguments():
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
     flag("--seed", type=int, default=0, help="of games and sampling")
     flag("--out", default="runs/coupling", help="folder for results and pictures; those there are replaced")
+    flag("--report", metavar="FILE", help="write a page to look at: tables, pictures, probes, held-out steps")
     # Float32 and PyTorch, since differences of nearly equal numbers are read.
     parser.set_defaults(engine="torch", precision="float32", shard=False, engine_memory=0.9,
                         tensor_parallel=1)
@@ -156,6 +157,8 @@ def parse_arguments():
                      f"and at least {pair * args.blocks}, a group for each of --blocks")
     if args.step <= 0:
         parser.error("--step must be positive")
+    if args.report and not os.path.isdir(os.path.dirname(os.path.abspath(args.report))):
+        parser.error(f"--report {args.report}: there is no folder {os.path.dirname(args.report)}")
     if len(set(args.model)) < len(args.model):
         parser.error("--model: the same one twice")
     return args

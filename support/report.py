@@ -88,7 +88,8 @@ def describe(name, episodes, chat, summary, about="", **columns):
         name: of the set, e.g. "L1". about: a line on how it was played.
         summary: `evaluate.summarize` of the episodes, with intervals, or with low and high None.
         columns: (S,) lists in the order episode, then step, each left out where it is not known: `label` 1, 0, -1;
-            `oracle` (label, distance before, distance after); `head`, `words`: probabilities; `advantage`.
+            `oracle` (label, distance before, distance after); `head`, `words`: probabilities; `advantage`; `leak`, `own`: of
+            coupling.py.
     """
     known = {key: iter(values) for key, values in columns.items() if values is not None}
     rows = []
@@ -223,12 +224,14 @@ def finite(value):
     return value
 
 
-def section(title, text="", head=(), rows=(), picture=None):
-    """A further section of the page: a text, a table (strings and numbers), a picture (path of a PNG, embedded)."""
+def section(title, text="", head=(), rows=(), picture=None, pre=""):
+    """A further section of the page: a text, a table (strings and numbers), a picture (path of a PNG, embedded), and a text
+    whose columns are to stand below one another."""
     if picture:
         with open(picture, "rb") as file:
             picture = "data:image/png;base64," + base64.b64encode(file.read()).decode()
-    return {"title": title, "text": text, "head": list(head), "rows": [list(row) for row in rows], "picture": picture}
+    return {"title": title, "text": text, "head": list(head), "rows": [list(row) for row in rows], "picture": picture,
+            "pre": pre}
 
 
 def write_report(path, title, sets=(), metrics=(), facts=None, sections=(), compared=""):

@@ -354,7 +354,7 @@ def test_the_command_pairs_models_and_keeps_held_out_games_out(monkeypatch, tmp_
     copy = shutil.copytree(TINY, tmp_path / "copy")
     file = tmp_path / "probes.jsonl"
     command(monkeypatch, "--model", TINY, "--model", copy, "--probes", file, "--probe-count", 12, "--no-adam",
-            "--out", tmp_path / "out", *SMALL)
+            "--out", tmp_path / "out", "--report", tmp_path / "page.html", *SMALL)
     a, b = [json.loads(line) for line in open(tmp_path / "out" / "results.jsonl")]
     assert a["games"] == b["games"] and a["plain"] == b["plain"] and a["plain"]["flawed"]["own"] != 0
     first, held_out = map(set, a["games"])
@@ -370,6 +370,20 @@ def test_the_command_pairs_models_and_keeps_held_out_games_out(monkeypatch, tmp_
     assert max(cell["additivity"] for cell in a["plain"].values()) < 0.05
     before = file.read_text()
     assert all("valid_unseen" in json.loads(line)["game"] for line in before.splitlines())
+    # the page: every held-out step with its own leak and own correction, whose means are the table's
+    page = json.loads((tmp_path / "page.html").read_text().split('id="data">')[1].split("</script>")[0])
+    steps = [step for episode in page["sets"][0]["episodes"] for step in episode["steps"]]
+    for name in ("leak", "own"):
+        mean = numpy.mean([step[name] for step in steps if step["flaws"]])
+        assert mean == pytest.approx(a["plain"]["flawed"][name], rel=1e-4)
+    assert {e["game"] for e in page["sets"][1]["episodes"]} <= held_out and [s["name"] for s in page["sets"]] == [TINY, str(copy)]
+    table = {row[0]: row for row in page["sections"][0]["rows"]}
+    assert table["flawed"][1] == a["plain"]["flawed"]["steps"] and float(table["flawed"][2].split()[0]) == pytest.approx(
+        a["plain"]["flawed"]["leak"], abs=6e-4)
+    probes_shown = next(s for s in page["sections"] if s["title"] == "The probes")["rows"]
+    assert len(probes_shown) == sum(len(json.loads(line)["probes"]) for line in before.splitlines())
+    assert all(row[3] == row[4] and float(row[3]) < 0 for row in probes_shown)
+    assert sum(s["picture"] is not None for s in page["sections"]) == 2
 
 
 def test_draws_share_no_game(monkeypatch):
@@ -390,6 +404,7 @@ def test_draws_share_no_game(monkeypatch):
     (("--model", TINY, "--draws", "0"), "--draws"),
     (("--model", TINY, "--after", "no/such/run"), "no metrics.jsonl"),
     (("--model", TINY, "--model", TINY), "twice"),
+    (("--model", TINY, "--report", "no/such/page.html"), "there is no folder no/such"),
     (("--model", TINY, "--out", os.path.join(TINY, "config.json")), "config.json"),
     (("--model", TINY, "--probes", os.path.join(TINY, "config.json"), *SMALL), "not a file of probes"),
     (("--model", TINY, "--temperature", "0", *SMALL), "--temperature"),
