@@ -25,7 +25,6 @@ choosing an action needs (`--lm-coef 0` gives plain supervised fine-tuning, as i
 to tell the expert's good actions from its careless ones, too, in words, by a value head, or both: support/critiques.py.
 """
 
-import argparse
 import math
 import os
 import sys
@@ -41,6 +40,7 @@ from support.critiques import CRITIC, QUESTION_LONG, lesson_loss, make_critic, m
 from support.demonstrations import expert_episodes, play_expert, write_messages
 from games.pool import EnvPool
 from games.experts import FITS
+from support.flags import make_parser
 from support.language_models import model_folder
 from support.policies import (SHIPPED, add_tags, load_policy, make_chat, notes_of, save_policy, tiny_model,
                               train_tokenizer, trainable)
@@ -163,45 +163,52 @@ def make_cold_start(args, games, pool):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Supervised cold start of the tiny policy on expert episodes.")
-    parser.add_argument("--out", default="policies/new", help="folder to write (a Hugging Face checkpoint)")
-    parser.add_argument("--env", default="alfworld", choices=levels.ENVS)
-    parser.add_argument("--games", default="auto", choices=["auto", "official", "generated"], help="ALFWorld's")
-    parser.add_argument("--level", default="L1", choices=levels.LEVELS, help="L2 leaves out the task types that it tests")
-    parser.add_argument("--task-types", nargs="+", help="these only; ScienceWorld: `short` for those of the default run")
-    parser.add_argument("--episodes", type=int, default=3000, help="training games that the expert plays")
-    parser.add_argument("--epochs", type=int, default=3, help="passes over the episodes")
-    parser.add_argument("--batch", type=int, default=32, help="episodes per update")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
-    parser.add_argument("--lm-coef", type=float, default=0.1, help="weight of the loss on observation tokens")
-    parser.add_argument("--max-steps", type=int, help="longer expert episodes are left out (default: as train.py)")
-    parser.add_argument("--copies", type=int, default=1, help="copies of each ScienceWorld episode, with other names for boxes, rooms, animals")
-    parser.add_argument("--sloppy", type=float, default=0.0, help="chance of a careless action before each of the expert's")
-    parser.add_argument("--stop-step", type=int, help="stop after so many updates, in the middle of the schedule: a policy "
-                        "that leaves room to learn by reward")
-    parser.add_argument("--init", help="start from this policy (its tokenizer too) instead of random weights: a "
-                        "folder, a hub name, a .gguf file, or smollm2")
-    parser.add_argument("--brief", action="store_true", help="--init with a language model: teach it to play "
-                        "without the instructions, by the short prompt of our own policies")
-    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="of --init's "
-                        "matrix products; weights and updates stay in float32")
-    parser.add_argument("--lora-rank", type=int, default=0, help="--init: train low-rank additions of this rank")
-    parser.add_argument("--tags", action="store_true", help="each answer opens with one of RLVMR's tags: planning, "
-                        "explore, reflection, monitor (with --sloppy, so that some actions fail and are reflected on)")
-    parser.add_argument("--critic", default="none", choices=CRITIC, help="learn to judge the expert's actions (with "
-                        "--sloppy, so that some are bad): in words with critiques, by a value head, both")
-    parser.add_argument("--critic-coef", type=float, default=0.3, help="weight of that loss")
-    parser.add_argument("--questions", type=int, default=3, help="steps that --critic asks about in words, per episode")
-    parser.add_argument("--critic-url", help="have a language model write verdicts and critiques: its OpenAI-compatible "
-                        "address, up to /v1 (default: rules write them)")
-    parser.add_argument("--critic-model", help="its name there")
-    parser.add_argument("--correct", action="store_true", help="in some of the games an instruction against a kind of "
-                        "flaw stands in the prompt, and the careless expert (--sloppy) makes no such slip")
-    parser.add_argument("--jsonl", metavar="FILE", help="train nothing: write the expert's episodes as a chat dataset (messages "
-                        "convention, the instructions for language models as system prompt) for any trainer")
-    parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, ...")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="environment processes")
-    parser.add_argument("--seed", type=int, default=0)
+    parser, group = make_parser("Supervised cold start of the tiny policy on expert episodes.")
+    flag = group("most used")
+    flag("--out", default="policies/new", help="folder to write (a Hugging Face checkpoint)")
+    flag("--env", default="alfworld", choices=levels.ENVS, help="which text game")
+    flag("--level", default="L1", choices=levels.LEVELS, help="L2 leaves out the task types that it tests")
+    flag("--init", metavar="MODEL", help="start from this policy (its tokenizer too) instead of random weights: a folder, "
+         "a hub name, a .gguf file, or smollm2")
+    flag("--episodes", type=int, default=3000, help="training games that the expert plays")
+    flag("--sloppy", type=float, default=0.0, help="chance of a careless action before each of the expert's")
+    flag("--seed", type=int, default=0, help="of games, slips, shuffling")
+
+    flag = group("what is shown")
+    flag("--games", default="auto", choices=["auto", "official", "generated"], help="ALFWorld's")
+    flag("--task-types", nargs="+", help="these only; ScienceWorld: `short` for those of the default run")
+    flag("--max-steps", type=int, help="longer expert episodes are left out (default: as train.py)")
+    flag("--copies", type=int, default=1, help="of each ScienceWorld episode, with other names for boxes, rooms, animals")
+    flag("--brief", action="store_true", help="--init with a language model: teach it to play without the instructions, "
+         "by the short prompt of our own policies")
+    flag("--tags", action="store_true", help="each answer opens with one of RLVMR's tags: planning, explore, reflection, "
+         "monitor (with --sloppy, so that some actions fail and are reflected on)")
+    flag("--correct", action="store_true", help="in some of the games an instruction against a kind of flaw stands in the "
+         "prompt, and the careless expert (--sloppy) makes no such slip")
+    flag("--jsonl", metavar="FILE", help="train nothing: write the expert's episodes as a chat dataset (messages "
+         "convention, the instructions for language models as system prompt) for any trainer")
+
+    flag = group("learning to judge")
+    flag("--critic", default="none", choices=CRITIC, help="learn to judge the expert's actions (with --sloppy, so that "
+         "some are bad): in words with critiques, by a value head, both")
+    flag("--critic-coef", type=float, default=0.3, help="weight of that loss")
+    flag("--questions", type=int, default=3, help="steps that --critic asks about in words, per episode")
+    flag("--critic-url", help="have a language model write verdicts and critiques: its OpenAI-compatible address, up to "
+         "/v1 (default: rules write them)")
+    flag("--critic-model", help="its name there")
+
+    flag = group("how it learns")
+    flag("--epochs", type=int, default=3, help="passes over the episodes")
+    flag("--batch", type=int, default=32, help="episodes per update")
+    flag("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
+    flag("--lm-coef", type=float, default=0.1, help="weight of the loss on observation tokens")
+    flag("--stop-step", type=int, help="stop after so many updates, in the middle of the schedule: a policy that leaves "
+         "room to learn by reward")
+    flag("--precision", default="float32", choices=["float32", "bfloat16"], help="of --init's matrix products; weights "
+         "and updates stay in float32")
+    flag("--lora-rank", type=int, default=0, help="--init: train low-rank additions of this rank")
+    flag("--device", default="cpu", help="where to train: cpu, cuda, ...")
+    flag("--workers", type=int, default=os.cpu_count(), help="environment processes")
     args = parser.parse_args()
     if args.critic != "none" and not args.sloppy:
         parser.error("--critic needs bad actions to judge: add --sloppy 0.5")

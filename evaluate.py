@@ -27,6 +27,7 @@ from games import levels
 from games.players import play_expert, random_agent
 from games.pool import EnvPool
 from rollout import FLAWS, Episode, Step, flaw_rates, judge, play
+from support.flags import make_parser
 
 NORMAL = 1.959964  # 97.5% quantile
 
@@ -197,44 +198,40 @@ def comparison(found, a, b):
 # ------------------------------------------------------------------------------------------------------- main
 
 def main():
-    parser = argparse.ArgumentParser(description="Evaluate an agent: every game of a level or split once.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--agent", default="model", choices=["model", "expert", "random"], help="who plays")
-    parser.add_argument("--env", default="alfworld", choices=levels.ENVS)
-    parser.add_argument("--model", help="folder, hub name, .gguf, smollm2 (default: the tiny policy of the "
-                        "environment)")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two checkpoints, or two results "
-                        "saved with --json")
-    parser.add_argument("--level", default="L1", choices=levels.LEVELS, help="what is tested: see "
-                        "games/levels.py")
-    parser.add_argument("--split", help="instead of a level: train, valid_seen, valid_unseen (ALFWorld), "
-                        "train, dev, test")
-    parser.add_argument("--games", default="auto", choices=["auto", "official", "generated"],
-                        help="ALFWorld's")
-    parser.add_argument("--task-types", nargs="+", help="these only: ALFWorld 1-6, ScienceWorld's names or "
-                        "`short` (default: all; `short` where a tiny policy of ours plays)")
-    parser.add_argument("--count", type=int, help="so many of the games only, for a quick look")
-    parser.add_argument("--max-steps", type=int, help="default 20 on generated games, 50 on official ones, "
-                        "in ScienceWorld 30, or what the longest of its tasks takes (all: 321), 15 on the "
-                        "short ones")
+    parser, group = make_parser("Evaluate an agent: every game of a level or split once.")
+    flag = group("most used")
+    flag("--env", default="alfworld", choices=levels.ENVS, help="which text game")
+    flag("--model", help="folder, hub name, .gguf, smollm2 (default: the tiny policy of the environment)")
+    flag("--level", default="L1", choices=levels.LEVELS, help="what is tested: see games/levels.py")
+    flag("--split", help="instead of a level: train, valid_seen, valid_unseen (ALFWorld), train, dev, test")
+    flag("--count", type=int, help="so many of the games only, for a quick look")
+    flag("--compare", nargs=2, metavar=("A", "B"), help="two checkpoints, or two results saved with --json")
+    flag("--report", metavar="FILE", help="write a page with every step of every game there")
+    flag("--oracle", action="store_true", help="with its verdicts on every step")
+    flag("--json", action="store_true", help="print one JSON object, with every game, not the table")
+
+    flag = group("what is played, and by whom")
+    flag("--agent", default="model", choices=["model", "expert", "random"], help="who plays")
+    flag("--games", default="auto", choices=["auto", "official", "generated"], help="ALFWorld's")
+    flag("--task-types", nargs="+", help="these only: ALFWorld 1-6, ScienceWorld's names or `short` "
+         "(default: all; `short` where a tiny policy of ours plays)")
+    flag("--max-steps", type=int, help="default 20 on generated games, 50 on official ones, in ScienceWorld "
+         "30, or what the longest of its tasks takes (all: 321), 15 on the short ones")
     as_trained = "as the checkpoint was trained; else "
-    parser.add_argument("--engine", choices=["auto", "torch", "vllm"],
-                        help=f"who samples ({as_trained}torch)")
-    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], help=f"({as_trained}float32)")
-    parser.add_argument("--max-new-tokens", type=int, help=f"per answer ({as_trained}as train.py)")
-    parser.add_argument("--max-context", type=int, help=f"tokens of an episode ({as_trained}as train.py)")
-    parser.add_argument("--show-actions", action="store_true", default=None,
-                        help=f"name the admissible commands in every observation ({as_trained}not)")
-    parser.add_argument("--temperature", type=float, help=f"0 is greedy ({as_trained}1)")
+    flag("--engine", choices=["auto", "torch", "vllm"], help=f"who samples ({as_trained}torch)")
+    flag("--precision", choices=["auto", "float32", "bfloat16"], help=f"({as_trained}float32)")
+    flag("--temperature", type=float, help=f"0 is greedy ({as_trained}1)")
+    flag("--max-new-tokens", type=int, help=f"per answer ({as_trained}as train.py)")
+    flag("--max-context", type=int, help=f"tokens of an episode ({as_trained}as train.py)")
+    flag("--show-actions", action="store_true", default=None,
+         help=f"name the admissible commands in every observation ({as_trained}not)")
+
+    flag = group("the run")
+    flag("--seed", type=int, default=0, help="for sampling; the games are always the same")
+    flag("--workers", type=int, default=os.cpu_count(), help="environment processes")
+    flag("--batch", type=int, default=128, help="episodes played side by side")
+    flag("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.set_defaults(shard=False, engine_memory=0.9, tensor_parallel=1)
-    parser.add_argument("--seed", type=int, default=0, help="for sampling; the games are always the same")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="environment processes")
-    parser.add_argument("--batch", type=int, default=128, help="episodes played side by side")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with every game, instead "
-                        "of the table")
-    parser.add_argument("--report", metavar="FILE", help="write a page with every step of every game there")
-    parser.add_argument("--oracle", action="store_true", help="with its verdicts on every step")
     args, shown = parser.parse_args(), []  # what --report shows, of each checkpoint
     try:
         if args.report or args.oracle:

@@ -27,7 +27,6 @@ Departures from the paper: a tiny policy by default (see cold_start.py), and wha
 (labels, class balance, normalisation) is spelled out in classifier_loss.py and grpo.py.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -42,6 +41,7 @@ from support.batches import deal, forward, lay_out, micro_batches
 from support.controls import CONTROLS, classifier_coef
 from support.corrections import correct
 from support.critic import NoCritic
+from support.flags import make_parser
 from support.labels import LABELS
 from support.logs import Tally
 from support.policies import sync
@@ -194,20 +194,67 @@ def main():
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="GRPO with the good/bad classifier on text games.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag = parser.add_argument_group("what is played").add_argument
+    parser, group = make_parser("GRPO with the good/bad classifier on text games.")
+    flag = group("most used")
     flag("--env", default="alfworld", choices=levels.ENVS, help="which text game")
     flag("--level", default="L1", choices=levels.LEVELS, help="what is trained and tested: games/levels.py")
+    # The tiny policy starts inside the danger zone: it has learnt from a careless expert (cold_start.py).
+    flag("--model", default="tiny", help="`tiny`, `smollm2`, a folder, hub name or .gguf file")
+    flag("--classifier", default="value", choices=["none", "generative", "value", "both"],
+         help="the form of L_cls")
+    # What counts beside GRPO's gradient is the ratio of the two norms (--norms-every), since Adam divides the
+    # common scale out. An untaught question at lambda = 0.3 had 40 times GRPO's norm and wiped a policy out.
+    flag("--classifier-coef", type=float, default=0.3, help="lambda")
+    flag("--credit", default="grpo", choices=list(CREDIT), help="outcomes to advantages of steps: credit.py")
+    flag("--iterations", type=int, help="rounds of playing and updating (default 32, ScienceWorld 10)")
+    flag("--seed", type=int, default=0, help="of games, sampling and shuffling")
+    flag("--out", metavar="RUN", help="folder of the run (default runs/ENV-CLASSIFIER-seedN-TIME)")
+    flag("--resume", metavar="RUN", help="go on with the run in this folder; its own config.json counts")
+
+    flag = group("what is played")
     flag("--games", default="auto", choices=["auto", "official", "generated"],
          help="ALFWorld's; auto: official where their data is found")
     flag("--task-types", nargs="+", help="only these: ALFWorld 1-6, ScienceWorld's names, or `short`")
     flag("--max-steps", type=int, help="per episode (default 20, official games 50, ScienceWorld: by task)")
     flag("--reward", default="score", choices=["score", "success"], help="ScienceWorld's: score / 100 or won")
+    flag("--eval-games", type=int, help="before and after, of the level's test (200, ScienceWorld 300)")
 
-    flag = parser.add_argument_group("who plays").add_argument
-    # The tiny policy starts inside the danger zone: it has learnt from a careless expert (cold_start.py).
-    flag("--model", default="tiny", help="`tiny`, `smollm2`, a folder, hub name or .gguf file")
+    flag = group("how it learns")
+    flag("--tasks", type=int, default=16, help="games per iteration")
+    # A larger group sees rare flaws more often, and its mean is a better baseline: (1 - 1/G) of the signal.
+    flag("--group-size", type=int, default=8, help="episodes per game (G)")
+    flag("--updates", type=int, default=2, help="optimizer steps per iteration, each on groups of its own")
+    flag("--lr", type=float, help="peak rate of AdamW (default 5e-4 for our tiny policies, others 1e-6)")
+    # Adam's first steps have the same length whatever the gradient: without a slow start the very first one
+    # moved the policy by 3.5 nats. The fall to 0 lets the last iterate be the one that counts.
+    flag("--warmup", type=int, default=3, help="iterations over which the rate rises")
+    flag("--lr-end", type=float, default=0.0, help="the rate falls to this share of its peak; 1: constant")
+    flag("--clip", type=float, default=0.2, help="clip range of the ratio, eq. 3")
+    flag("--kl-coef", type=float, default=0.01, help="weight of the KL to --model; 0 saves a pass")
+    flag("--epo", type=float, default=0.0, help="weight of EPO's entropy smoothing (the paper's: 0.001)")
+    # An explicit instruction moves a policy that follows it out of the danger zone, while it stands.
+    flag("--correct", type=float, default=0.0, metavar="THRESHOLD", help="forbid commoner flaws")
+    flag("--advantage", default="std", choices=["std", "mean"], help="divide by the group's std, or do not")
+    # Failures are long: per token they weigh more, per episode a long one is punished less for each step.
+    flag("--weighting", default="token", choices=["token", "step", "episode"], help="what counts equally")
+    flag("--max-norm", type=float, default=1.0, help="gradient clipping")
+    flag("--micro-tokens", type=int, default=8192, help="per forward pass: memory, never the objective")
+
+    flag = group("the classifier, more")
+    # `rules` leaves unflawed steps of lost episodes out, and so gives the outcome away; `flaws` does not.
+    flag("--labels", default="flaws", choices=list(LABELS), help="good and bad steps: support/labels.py")
+    flag("--critic-url", help="of the critic for --labels critic, up to /v1")
+    flag("--critic-model", help="its name there")
+    flag("--head-lr", type=float, default=1e-3, help="the value head's own: at 1e-6 it would never learn")
+    flag("--head-layer", type=int, default=-1, help="read by it: 0 embeddings, 1 first layer, ..., -1 last")
+    flag("--control", default="none", choices=list(CONTROLS), help="take from L_cls: support/controls.py")
+    flag("--questions", type=int, default=3, help="generative: asked per episode; each costs tokens")
+    # A policy trained on games alone cannot answer the question, and unlearns to play while it learns to.
+    # In every arm alike, also without a classifier: else an arm would be better for being trained longer.
+    flag("--warmup-updates", type=int, help="before RL (40; 0 if taught by cold_start.py, or not tiny)")
+    flag("--norms-every", type=int, default=8, help="iterations between the norms of both gradients apart")
+
+    flag = group("who plays")
     flag("--cold-start", default="auto", choices=["auto", "train", "none"],
          help="of `tiny`; auto: policies/tiny, trained on for official games; none: random weights")
     flag("--cold-start-episodes", type=int, default=1500, help="expert games, where one is trained")
@@ -231,58 +278,13 @@ def parse_arguments():
     flag("--max-new-tokens", type=int, help="per answer (default 24 for our tiny policies, others 512)")
     flag("--max-context", type=int, help="tokens; a longer episode ends there (default 2048, others 8192)")
 
-    flag = parser.add_argument_group("how it learns").add_argument
-    flag("--iterations", type=int, help="rounds of playing and updating (default 32, ScienceWorld 10)")
-    flag("--tasks", type=int, default=16, help="games per iteration")
-    # A larger group sees rare flaws more often, and its mean is a better baseline: (1 - 1/G) of the signal.
-    flag("--group-size", type=int, default=8, help="episodes per game (G)")
-    flag("--updates", type=int, default=2, help="optimizer steps per iteration, each on groups of its own")
-    flag("--lr", type=float, help="peak rate of AdamW (default 5e-4 for our tiny policies, others 1e-6)")
-    # Adam's first steps have the same length whatever the gradient: without a slow start the very first one
-    # moved the policy by 3.5 nats. The fall to 0 lets the last iterate be the one that counts.
-    flag("--warmup", type=int, default=3, help="iterations over which the rate rises")
-    flag("--lr-end", type=float, default=0.0, help="the rate falls to this share of its peak; 1: constant")
-    flag("--clip", type=float, default=0.2, help="clip range of the ratio, eq. 3")
-    flag("--kl-coef", type=float, default=0.01, help="weight of the KL to --model; 0 saves a pass")
-    flag("--credit", default="grpo", choices=list(CREDIT), help="outcomes to advantages of steps: credit.py")
-    flag("--epo", type=float, default=0.0, help="weight of EPO's entropy smoothing (the paper's: 0.001)")
-    # An explicit instruction moves a policy that follows it out of the danger zone, while it stands.
-    flag("--correct", type=float, default=0.0, metavar="THRESHOLD", help="forbid commoner flaws")
-    flag("--advantage", default="std", choices=["std", "mean"], help="divide by the group's std, or do not")
-    # Failures are long: per token they weigh more, per episode a long one is punished less for each step.
-    flag("--weighting", default="token", choices=["token", "step", "episode"], help="what counts equally")
-    flag("--max-norm", type=float, default=1.0, help="gradient clipping")
-    flag("--micro-tokens", type=int, default=8192, help="per forward pass: memory, never the objective")
-
-    flag = parser.add_argument_group("the classifier").add_argument
-    flag("--classifier", default="value", choices=["none", "generative", "value", "both"], help="of L_cls")
-    # What counts beside GRPO's gradient is the ratio of the two norms (--norms-every), since Adam divides the
-    # common scale out. An untaught question at lambda = 0.3 had 40 times GRPO's norm and wiped a policy out.
-    flag("--classifier-coef", type=float, default=0.3, help="lambda")
-    # `rules` leaves unflawed steps of lost episodes out, and so gives the outcome away; `flaws` does not.
-    flag("--labels", default="flaws", choices=list(LABELS), help="good and bad steps: support/labels.py")
-    flag("--critic-url", help="of the critic for --labels critic, up to /v1")
-    flag("--critic-model", help="its name there")
-    flag("--head-lr", type=float, default=1e-3, help="the value head's own: at 1e-6 it would never learn")
-    flag("--head-layer", type=int, default=-1, help="read by it: 0 embeddings, 1 first layer, ..., -1 last")
-    flag("--control", default="none", choices=list(CONTROLS), help="take from L_cls: support/controls.py")
-    flag("--questions", type=int, default=3, help="generative: asked per episode; each costs tokens")
-    # A policy trained on games alone cannot answer the question, and unlearns to play while it learns to.
-    # In every arm alike, also without a classifier: else an arm would be better for being trained longer.
-    flag("--warmup-updates", type=int, help="before RL (40; 0 if taught by cold_start.py, or not tiny)")
-    flag("--norms-every", type=int, default=8, help="iterations between the norms of both gradients apart")
-
-    flag = parser.add_argument_group("the run").add_argument
+    flag = group("the run")
     # The dynamics, shown: log pi of fixed probes; leak and own correction of each flaw (coupling.py).
     flag("--probes", metavar="FILE", help="log how likely these good and flawed actions are; made if missing")
     flag("--coupling-every", type=int, default=0, help="iterations between split updates (as dear as one)")
-    flag("--eval-games", type=int, help="before and after, of the level's test (200, ScienceWorld 300)")
     flag("--save-every", type=int, default=10, help="iterations between checkpoints")
     flag("--workers", type=int, default=os.cpu_count(), help="environment processes")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
-    flag("--seed", type=int, default=0, help="of games, sampling and shuffling")
-    flag("--out", help="folder of the run (default runs/ENV-CLASSIFIER-seedN-TIME)")
-    flag("--resume", metavar="RUN", help="go on with the run in this folder; its own config.json counts")
     return settled(parser.parse_args(), parser.error)
 
 

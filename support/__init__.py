@@ -4,6 +4,7 @@ May import: everything of ours. No loss and no advantage is defined here; of the
 controls of an experiment, beside what the top folder has.
 
 setup.py run.py    from arguments to a run; what a run does around the method, one named call each
+flags.py           how --help reads
 batches.py         episodes laid end to end, and the part of them that a micro-batch needs
 labels.py          the label sources, and controls.py what takes something away from them
 critic.py          a language model as judge

@@ -1,6 +1,5 @@
 """What coupling.py needs around its instruments: a policy's episodes, an optimizer's moments, arguments."""
 
-import argparse
 import os
 import re
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from games import levels
 from grpo import token_weights
 from rollout import play
 from support.batches import lay_out
+from support.flags import make_parser
 from support.language_models import model_folder
 from support.policies import load_policy, notes_of
 from support.setup import ADAMW
@@ -89,9 +89,8 @@ def checkpoint_moments(folder, model):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Measure the gradient coupling of policies.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag = parser.add_argument_group("what is measured").add_argument
+    parser, group = make_parser("Measure the gradient coupling of policies.")
+    flag = group("what is measured")
     flag("--model", action="append", required=True, help="Hugging Face folder or hub name; several are "
          "paired: measured on the same games")
     flag("--draws", type=int, default=1, help="how often, each time on games and samples of its own; 0: "
@@ -100,6 +99,7 @@ def parse_arguments():
          "others are held out")
     flag("--group-size", type=int, default=8, help="episodes per game (G)")
     flag("--blocks", type=int, default=8, help="of games whose gradients are taken apart, for the intervals")
+    flag("--report", metavar="FILE", help="write a page to look at: tables, pictures, probes, held-out steps")
     flag("--step", type=float, default=1e-3, help="by how many nats a step changes held-out log pi (root "
          "mean square)")
     flag("--no-adam", action="store_true", help="the plain gradient alone: half the forward passes")
@@ -108,7 +108,7 @@ def parse_arguments():
     flag("--probe-count", type=int, default=256, help="of a new file of probes")
     flag("--after", nargs="+", metavar="RUN", default=[], help="folders of train.py's runs that began with "
          "the first --model: what became of each flaw, against its ratio at the start")
-    flag = parser.add_argument_group("as in training").add_argument
+    flag = group("as in training")
     flag("--env", default="alfworld", choices=levels.ENVS)
     flag("--level", default="L1", choices=levels.LEVELS, help="whose training games are played (probes: "
          "whose test games)")
@@ -127,7 +127,7 @@ def parse_arguments():
     flag("--max-context", type=int, help=f"tokens of an episode ({as_trained}as train.py)")
     flag("--show-actions", action="store_true", default=None,
          help=f"name the admissible commands in every observation ({as_trained}not)")
-    flag = parser.add_argument_group("the run").add_argument
+    flag = group("the run")
     flag("--batch", type=int, default=64, help="episodes played side by side")
     flag("--micro-tokens", type=int, default=8192, help="padded tokens per forward pass: memory, never the "
          "result")
@@ -135,7 +135,6 @@ def parse_arguments():
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
     flag("--seed", type=int, default=0, help="of games and sampling")
     flag("--out", default="runs/coupling", help="folder for results and pictures; those there are replaced")
-    flag("--report", metavar="FILE", help="write a page to look at: tables, pictures, probes, held-out steps")
     # Float32 and PyTorch, since differences of nearly equal numbers are read.
     parser.set_defaults(engine="torch", precision="float32", shard=False, engine_memory=0.9,
                         tensor_parallel=1)
