@@ -28,6 +28,7 @@ from games.players import play_expert, random_agent
 from games.pool import EnvPool
 from rollout import FLAWS, Episode, Step, flaw_rates, judge, play
 from support.flags import make_parser
+from support.logs import progress
 
 NORMAL = 1.959964  # 97.5% quantile
 
@@ -134,12 +135,13 @@ def evaluate(engine, pool, chat, games, max_steps=20, seed=0, batch=128, max_con
              show_actions=False):
     """Play every game once with an engine; returns `summarize`'s dictionary and the episodes."""
     episodes, bad = [], []
-    for begin in range(0, len(games), batch):
-        chunk = [games[i] for i in range(begin, min(begin + batch, len(games)))]
-        played, report = play(engine, pool, chat, chunk, 1, max_steps, max_context, seed + begin,
-                              show_actions)
-        episodes += played
-        bad += report["bad_games"]
+    with progress("evaluation", len(games) * max_steps) as bar:
+        for begin in range(0, len(games), batch):
+            chunk = [games[i] for i in range(begin, min(begin + batch, len(games)))]
+            played, report = play(engine, pool, chat, chunk, 1, max_steps, max_context, seed + begin,
+                                  show_actions, bar)
+            episodes += played
+            bad += report["bad_games"]
     return {**summarize(episodes), "bad_games": bad}, episodes
 
 
@@ -148,6 +150,7 @@ def reference_result(agent, games, pool, max_steps, seed=0):
     episodes, bad = [], []
     player = (play_expert(games, pool, max_steps, warn=bad.append) if agent == "expert" else
               random_agent(games, pool, max_steps, seed, warn=bad.append))
+    bar = progress(agent, len(games), " games")
     for game, turns, won in player:
         episode, tried, visited = Episode(game, 0, won=won, reward=float(won)), defaultdict(set), set()
         for _, command, before, after in turns:
@@ -156,6 +159,8 @@ def reference_result(agent, games, pool, max_steps, seed=0):
             episode.score = after.score
             judge(episode.steps[-1], before, after, tried, visited)
         episodes.append(episode)
+        bar.update()
+    bar.close()
     return {**summarize(episodes), "bad_games": bad}
 
 

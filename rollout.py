@@ -259,7 +259,8 @@ def with_actions(pool, observations):
             for slot, o in observations.items()}
 
 
-def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048, seed=0, show_actions=False):
+def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048, seed=0, show_actions=False,
+         bar=None):
     """Play every game `group_size` times, all episodes side by side.
 
     Args:
@@ -268,6 +269,7 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
         games: list of Game. A game that cannot be played is left out (its group with it).
         max_context: an episode that would outgrow this many tokens ends there, flagged `truncated`.
         show_actions: name the admissible commands in every observation.
+        bar: tqdm's, told of every step; an episode that ends has played all of its max_steps.
     Returns: (episodes in the order of the games, {"sample": seconds, "env": seconds, "bad_games":
         [messages]}).
     """
@@ -349,6 +351,9 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
                 episode.give(next_prompt[text, ended])
                 if ask(slot):
                     waiting.add(slot)
+        if bar is not None:
+            bar.update(sum(1 if slot in waiting else 1 + max_steps - len(by_slot[slot].steps)
+                           for slot, *_ in answers))
         seconds["env"] += time.perf_counter() - clock
     for episode in by_slot.values():  # what was given after the last answer is nobody's prompt
         for values in (episode.tokens, episode.sampled, episode.logprobs):

@@ -20,6 +20,8 @@ import os
 import re
 import threading
 
+from support.logs import progress
+
 GOOD, BAD, NO_VERDICT = 1, 0, -1
 INSTRUCTIONS = (
     "You judge single actions of a player in a text game. You see the task and the game up to the action, then the action "
@@ -121,8 +123,10 @@ def ask_critic(questions, model, url, cache, at_once=8, retries=4, timeout=120.0
 
         pool = concurrent.futures.ThreadPoolExecutor(at_once)
         try:
-            for one in concurrent.futures.as_completed([pool.submit(ask, *item) for item in missing.items()]):
-                one.result()
+            with progress("critic", len(missing), " answers") as bar:
+                for one in concurrent.futures.as_completed([pool.submit(ask, *item) for item in missing.items()]):
+                    one.result()
+                    bar.update()
         except openai.OpenAIError as error:
             pool.shutdown(cancel_futures=True)  # those under way may still answer
             why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

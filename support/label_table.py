@@ -33,6 +33,7 @@ from games import levels, oracle
 from games.game import BadGame
 from games.pool import EnvPool, make_world
 from rollout import FLAWS, play
+from support.logs import progress
 from support.policies import SHIPPED
 from support.setup import PLAYED, player
 
@@ -170,7 +171,9 @@ def collect(args, pool):
                              tensor_parallel=1)
     engine, chat = player(how, folder)
     steps = args.max_steps or levels.level_max_steps(args.env, "L1", levels.choose_games(args.games, args.env), types)
-    episodes, report = play(engine, pool, chat, games, args.group_size, steps, how.max_context, args.seed, how.show_actions)
+    with progress("playing", len(games) * args.group_size * steps) as bar:
+        episodes, report = play(engine, pool, chat, games, args.group_size, steps, how.max_context, args.seed,
+                                how.show_actions, bar)
     if report["bad_games"]:
         print(f"skipped {len(report['bad_games'])} games that cannot be played: {report['bad_games'][0]}", file=sys.stderr)
     number = {group: i for i, group in enumerate(sorted({episode.group for episode in episodes}))}

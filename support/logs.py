@@ -6,7 +6,14 @@ import os
 import platform
 import subprocess
 
+from tqdm import tqdm
+
 from rollout import FLAWS, flaw_rates
+
+
+def progress(what, total, unit=" steps", show=True):
+    """A bar with a time to go, on a terminal alone (a log would fill with it), and gone when it is done."""
+    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=None if show else True)
 
 
 class Tally:

@@ -22,7 +22,7 @@ from support.checkpoints import checkpoints, load_checkpoint, save_checkpoint, w
 from support.coupling_dynamics import prepare_watch, watch
 from support.corrections import logged
 from support.curves import draw, read_metrics
-from support.logs import line_of, log, machine, metrics_of, write_samples
+from support.logs import line_of, log, machine, metrics_of, progress, write_samples
 from support.policies import plain_state_dict, sync
 from support.processes import clip_gradients
 from support.report import report_run
@@ -89,8 +89,12 @@ def collect_episodes(run, games, seed):
 def play_or_restart(run, games, seed):
     """`play`; where vLLM dies under it, once more with a new engine. All processes must call it together."""
     args, failure = run.args, None
-    again = lambda: play(run.engine, run.pool, run.chat, games, args.group_size, args.max_steps, args.max_context,
-                         seed, args.show_actions)
+
+    def again():
+        steps = len(games) * args.group_size * args.max_steps
+        with progress("playing", steps, show=run.accelerator.is_main_process) as bar:
+            return play(run.engine, run.pool, run.chat, games, args.group_size, args.max_steps, args.max_context, seed,
+                        args.show_actions, bar)
     try:
         played = again()
     except Exception as error:

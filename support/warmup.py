@@ -16,6 +16,7 @@ from games import levels
 from rollout import play
 from support.controls import CONTROLS
 from support.batches import forward, lay_out, micro_batches
+from support.logs import progress
 from support.setup import ADAMW, check_episodes
 
 
@@ -23,8 +24,9 @@ def warm_up(run, label, weigh):
     """`supervise` on one round of the policy's own episodes, with an optimizer that is thrown away."""
     args, seed = run.args, run.args.seed * 1_000_003
     games = levels.sample_games(run.games, args.tasks, seed)
-    episodes, report = play(run.engine, run.pool, run.chat, games, args.group_size, args.max_steps, args.max_context,
-                            seed, args.show_actions)
+    with progress("warm-up: playing", len(games) * args.group_size * args.max_steps) as bar:
+        episodes, report = play(run.engine, run.pool, run.chat, games, args.group_size, args.max_steps, args.max_context,
+                                seed, args.show_actions, bar)
     check_episodes(args, episodes, report["bad_games"])
     parts = [{"params": list(part["params"]), "lr": part["peak"]} for part in run.optimizer.param_groups]
     optimizer = torch.optim.AdamW(parts, **ADAMW)
@@ -52,7 +54,7 @@ def supervise(model, optimizer, draw, question=None, value_head=None, updates=40
     """
     model.train()
     losses, generator = [], torch.Generator().manual_seed(seed)
-    for _ in tqdm(range(updates), desc="warm-up", leave=False):
+    for _ in tqdm(range(updates), desc="warm-up", leave=False, disable=None):
         batch, total = draw(generator), 0.0
         optimizer.zero_grad(set_to_none=True)
         for micro in micro_batches(batch.episodes, max_tokens):

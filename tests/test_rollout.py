@@ -1,5 +1,7 @@
 """Conversations as tokens: what is given and what is sampled, and how an episode ends."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -97,6 +99,18 @@ def test_full_context_ends_an_episode_flagged(chat, pool):
     (episode,), _ = rollout.play(Scripted(chat, ["<action>look</action><|im_end|>"]), pool, chat, [game], 1,
                                  max_steps=20, max_context=first + 60)
     assert episode.truncated and 1 <= len(episode.steps) < 20 and len(episode.tokens) <= first + 60
+
+
+def test_a_bar_ends_full_also_where_episodes_end_early(chat, pool):
+    """One episode plays its three steps, the other's context is full after one or two of them."""
+    for room in (10**5, 60):
+        bar = SimpleNamespace(n=0)
+        bar.update = lambda n: setattr(bar, "n", bar.n + n)
+        engine = Scripted(chat, ["<action>look</action><|im_end|>"] * 3)
+        game = levels.generated_game("train", 0)
+        room += len(chat.first_prompt(pool.reset([game])[0].text))
+        (episode,), _ = rollout.play(engine, pool, chat, [game], 1, max_steps=3, max_context=room, bar=bar)
+        assert bar.n == 3 and (len(episode.steps) < 3) == (room < 10**5)
 
 
 def test_a_group_that_starts_differently_is_refused(chat):
