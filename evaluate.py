@@ -24,6 +24,7 @@ import sys
 from collections import defaultdict
 
 from games import levels
+from games.game import most_steps
 from games.players import play_expert, random_agent
 from games.pool import EnvPool
 from rollout import FLAWS, Episode, Step, flaw_rates, judge, play
@@ -131,11 +132,11 @@ def compare(a, b):
 
 # ------------------------------------------------------------------------------------------------- the agents
 
-def evaluate(engine, pool, chat, games, max_steps=20, seed=0, batch=128, max_context=2048,
+def evaluate(engine, pool, chat, games, max_steps=20, seed=0, batch=128, max_context=math.inf,
              show_actions=False):
     """Play every game once with an engine; returns `summarize`'s dictionary and the episodes."""
     episodes, bad = [], []
-    with progress("evaluation", len(games) * max_steps) as bar:
+    with progress("evaluation", most_steps(max_steps, games)) as bar:
         for begin in range(0, len(games), batch):
             chunk = [games[i] for i in range(begin, min(begin + batch, len(games)))]
             played, report = play(engine, pool, chat, chunk, 1, max_steps, max_context, seed + begin,
@@ -221,7 +222,7 @@ def main():
     flag("--task-types", nargs="+", help="these only: ALFWorld 1-6, ScienceWorld's names or `short` "
          "(default: all; `short` where a tiny policy of ours plays)")
     flag("--max-steps", type=int, help="default 20 on generated games, 50 on official ones, in ScienceWorld "
-         "30, or what the longest of its tasks takes (all: 321), 15 on the short ones")
+         "30, or what the task takes (up to 321), 15 on the short ones")
     as_trained = "as the checkpoint was trained; else "
     flag("--engine", choices=["auto", "torch", "vllm"], help=f"who samples ({as_trained}torch)")
     flag("--precision", choices=["auto", "float32", "bfloat16"], help=f"({as_trained}float32)")

@@ -14,12 +14,15 @@ This file knows no loss.
 """
 
 import hashlib
+import math
 import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 from jinja2 import TemplateError
+
+from games.game import most_steps
 
 SYSTEM = {"alfworld": "Do the task in this house. Reply <action>command</action>.",
           "scienceworld": "Do the task in this lab. Reply <action>command</action>."}
@@ -259,14 +262,15 @@ def with_actions(pool, observations):
             for slot, o in observations.items()}
 
 
-def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048, seed=0, show_actions=False,
-         bar=None):
+def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=math.inf, seed=0,
+         show_actions=False, bar=None):
     """Play every game `group_size` times, all episodes side by side.
 
     Args:
         engine: has `start`, `submit` and `poll`, as TorchEngine.
         pool: a `games.pool.EnvPool`.
         games: list of Game. A game that cannot be played is left out (its group with it).
+        max_steps: of an episode, or {task type: steps}.
         max_context: an episode that would outgrow this many tokens ends there, flagged `truncated`.
         show_actions: name the admissible commands in every observation.
         bar: tqdm's, told of every step; an episode that ends has played all of its max_steps.
@@ -290,6 +294,7 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
                                f"({games[slot // group_size].name}) start differently")
         by_slot[slot] = Episode(games[slot // group_size], slot // group_size, score=observation.score)
         now[slot] = observation
+    limit = {slot: most_steps(max_steps, [episode.game]) for slot, episode in by_slot.items()}
     tried = {slot: defaultdict(set) for slot in by_slot}
     visited = {slot: {observation.state} for slot, observation in now.items()}
     next_prompt = {}  # text -> ids; observations recur within a batch
@@ -300,7 +305,7 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
         """Have the engine continue this episode, or end it where it has no turn or no room left. Whether it
         was asked."""
         episode = by_slot[slot]
-        if len(episode.steps) == max_steps:
+        if len(episode.steps) == limit[slot]:
             return False
         episode.truncated = len(episode.tokens) + engine.max_new_tokens > max_context
         if not episode.truncated:
@@ -352,7 +357,7 @@ def play(engine, pool, chat, games, group_size=1, max_steps=20, max_context=2048
                 if ask(slot):
                     waiting.add(slot)
         if bar is not None:
-            bar.update(sum(1 if slot in waiting else 1 + max_steps - len(by_slot[slot].steps)
+            bar.update(sum(1 if slot in waiting else 1 + limit[slot] - len(by_slot[slot].steps)
                            for slot, *_ in answers))
         seconds["env"] += time.perf_counter() - clock
     for episode in by_slot.values():  # what was given after the last answer is nobody's prompt

@@ -23,7 +23,7 @@ class TorchEngine:
     those no longer submitted are forgotten.
     """
 
-    def __init__(self, model, ends, temperature=1.0, max_new_tokens=24):
+    def __init__(self, model, ends, temperature=1.0, *, max_new_tokens):
         """ends: the token id that ends a turn, or several such ids. Raises ValueError for a model whose
         attention cannot be replaced: at once, not after an hour of games."""
         self.model, self.ends = model, [ends] if isinstance(ends, int) else sorted(ends)

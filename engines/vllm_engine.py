@@ -19,7 +19,7 @@ import torch
 class VLLMEngine:
     """The same interface as `torch_engine.TorchEngine`: start, submit, poll, load."""
 
-    def __init__(self, folder, ends, temperature=1.0, max_new_tokens=512, max_context=8192, dtype="auto", memory=0.4,
+    def __init__(self, folder, ends, temperature, max_new_tokens, max_context, dtype="auto", memory=0.4,
                  tensor_parallel=1, seed=0):
         """folder: Hugging Face folder or hub name. ends: the token id that ends a turn, or several such ids. memory: share
         of the GPU's memory for vLLM; the trainer needs the rest."""

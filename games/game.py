@@ -12,6 +12,12 @@ class Game(NamedTuple):
     source: object  # ALFWorld: path of a game.tw-pddl, or seed of a generated house; ScienceWorld: (task, variation)
 
 
+def most_steps(max_steps, games):
+    """How many steps episodes of these games have together, one each; max_steps: a number for every game, or
+    {task type: number} (`levels.max_steps`)."""
+    return sum(max_steps[game.task_type] if isinstance(max_steps, dict) else max_steps for game in games)
+
+
 class Observation(NamedTuple):
     text: str
     admissible: list        # of str, sorted; None where it is too dear to ask for at every step (ScienceWorld)

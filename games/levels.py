@@ -227,28 +227,30 @@ def level_task_types(env, level, part, task_types=None):
 def max_steps(games, task_types=None):
     """Steps per episode unless told otherwise: by the kind of games ("generated", "official", "simulator").
 
-    ScienceWorld: 30, or as many as the longest of the chosen tasks takes (SOLUTION_STEPS); one number for all
-    episodes of a run. Published figures are mostly of 30 steps in all tasks, too few for that solution in 17.
+    ScienceWorld: 30, or as many as the task's solution takes (SOLUTION_STEPS), then {task: steps}. Published
+    figures are mostly of 30 steps in all tasks, too few for that solution in 17.
 
     >>> max_steps("simulator", ["boil", "find-plant"]), max_steps("simulator", ["find-plant"])
-    (40, 30)
-    >>> max_steps("simulator"), max_steps("simulator", ["short"])
-    (321, 15)
+    ({'boil': 40, 'find-plant': 30}, 30)
+    >>> max_steps("simulator", ["short"]), max_steps("generated")
+    (15, 20)
     """
     if list(task_types or []) == ["short"]:
         return MAX_STEPS["short"]
     if games != "simulator":
         return MAX_STEPS[games]
     chosen = named_task_types("scienceworld", task_types)
-    return max(SOLUTION_STEPS.get(task, MAX_STEPS[games]) for task in chosen)
+    found = {task: SOLUTION_STEPS.get(task, MAX_STEPS[games]) for task in chosen}
+    return found if len(set(found.values())) > 1 else found[chosen[0]]
 
 
 def level_max_steps(env, level, games, task_types=None, parts=("train", "test")):
     """`max_steps` of the tasks that a level trains on or tests, and of no others.
 
-    >>> level_max_steps("scienceworld", "L2", "simulator")
-    321
-    >>> level_max_steps("scienceworld", "L2", "simulator", parts=["test"])
+    >>> limits = level_max_steps("scienceworld", "L2", "simulator")
+    >>> len(limits), limits["find-plant"], limits["inclined-plane-friction-named-surfaces"]
+    (29, 30, 321)
+    >>> max(level_max_steps("scienceworld", "L2", "simulator", parts=["test"]).values())
     177
     """
     if env != "scienceworld" or list(task_types or []) == ["short"]:
@@ -259,7 +261,7 @@ def level_max_steps(env, level, games, task_types=None, parts=("train", "test"))
             played += level_task_types(env, level, part, task_types)
         except ValueError:  # nothing of what was chosen: whoever lists those games says so
             continue
-    return max_steps(games, played or task_types)
+    return max_steps(games, sorted(set(played)) or task_types)
 
 
 def level_games(env, level, part, games="auto", task_types=None, count=None, warn=print):

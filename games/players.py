@@ -7,7 +7,7 @@ then: its episodes are won all the same, and full of flaws, which is where reinf
 import random
 
 from games.experts import gold_expert, search_expert, things
-from games.game import BadGame
+from games.game import BadGame, most_steps
 
 
 SLIPS = ("made up", "idle", "again", "wander")
@@ -135,7 +135,7 @@ def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0, warn=pr
                 after = answers[slot]
                 turns[slot].append((now[slot].text, command, now[slot], after))
                 now[slot] = after
-                if after.done or len(turns[slot]) >= max_steps:
+                if after.done or len(turns[slot]) >= most_steps(max_steps, [chunk[slot]]):
                     del queue[slot]
                 elif not queue[slot]:  # the expert's own command: it sees what came of it
                     if command.startswith(("go to ", "teleport to ")):
@@ -155,7 +155,8 @@ def random_agent(games, pool, max_steps, seed=0, batch=64, warn=print):
         now = playable(enumerate(pool.reset(chunk)), warn)
         turns, running = {s: [] for s in now}, list(now)
         generators = {s: random.Random(f"{seed} {chunk[s].name}") for s in now}  # whatever batch or worker it is in
-        for _ in range(max_steps):
+        for done in range(max(most_steps(max_steps, [game]) for game in chunk)):
+            running = [s for s in running if most_steps(max_steps, [chunk[s]]) > done]
             possible = playable(zip(running, pool.admissible(running)), warn)
             chosen = {s: generators[s].choice(commands) for s, commands in possible.items()}
             answers = playable(zip(chosen, pool.step(list(chosen.items()))), warn)

@@ -204,7 +204,7 @@ def bench_loop(model_folder, tasks=16, group=8, repeats=3):
 
     model, tokenizer = load_policy(model_folder)
     chat, _ = make_chat(tokenizer, "alfworld", model_folder)
-    engine, question = TorchEngine(model, chat.ends), make_question(chat)
+    engine, question = TorchEngine(model, chat.ends, max_new_tokens=24), make_question(chat)
     head = torch.nn.Linear(model.config.hidden_size, 1)
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=0.0)  # time it, change nothing
     games = levels.sample_games(levels.list_games("alfworld", "train", "generated"), tasks, 0)
@@ -274,7 +274,7 @@ def bench_engines(model_folder, tasks=16, group=8):
     chat, _ = make_chat(tokenizer, "alfworld", model_folder)
     games, speeds = levels.sample_games(levels.list_games("alfworld", "train", "generated"), tasks, 0), {}
     with EnvPool(os.cpu_count()) as pool:
-        for name, engine in (("PyTorch", TorchEngine(model, chat.ends)),
+        for name, engine in (("PyTorch", TorchEngine(model, chat.ends, max_new_tokens=24)),
                              ("vLLM", VLLMEngine(model_folder, chat.ends, 1.0, 24, 2048, "float32", 0.2))):
             play(engine, pool, chat, games[:2], 2, 20)  # warm up
             episodes, report = play(engine, pool, chat, games, group, 20, seed=1)

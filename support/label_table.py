@@ -30,7 +30,7 @@ import torch
 from classifier_loss import flaw_labels, outcome_labels, rule_labels
 from credit import CREDIT
 from games import levels, oracle
-from games.game import BadGame
+from games.game import BadGame, most_steps
 from games.pool import EnvPool, make_world
 from rollout import FLAWS, play
 from support.logs import progress
@@ -171,7 +171,7 @@ def collect(args, pool):
                              tensor_parallel=1)
     engine, chat = player(how, folder)
     steps = args.max_steps or levels.level_max_steps(args.env, "L1", levels.choose_games(args.games, args.env), types)
-    with progress("playing", len(games) * args.group_size * steps) as bar:
+    with progress("playing", args.group_size * most_steps(steps, games)) as bar:
         episodes, report = play(engine, pool, chat, games, args.group_size, steps, how.max_context, args.seed,
                                 how.show_actions, bar)
     if report["bad_games"]:

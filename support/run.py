@@ -15,6 +15,7 @@ from accelerate.utils import broadcast, gather_object
 from credit import epo, epo_weight
 from evaluate import evaluate, summarize, table
 from games import levels
+from games.game import most_steps
 from grpo import truncated_importance
 from rollout import pay_success_only, play
 from support.batches import sampled_logprobs
@@ -91,7 +92,7 @@ def play_or_restart(run, games, seed):
     args, failure = run.args, None
 
     def again():
-        steps = len(games) * args.group_size * args.max_steps
+        steps = args.group_size * most_steps(args.max_steps, games)
         with progress("playing", steps, show=run.accelerator.is_main_process) as bar:
             return play(run.engine, run.pool, run.chat, games, args.group_size, args.max_steps, args.max_context, seed,
                         args.show_actions, bar)

@@ -56,7 +56,8 @@ def check(args, error):
     args.iterations = {"alfworld": 32, "scienceworld": 10}[args.env] if args.iterations is None else args.iterations
     for name in ("iterations", "tasks", "group_size", "updates", "micro_tokens", "workers", "save_every", "norms_every",
                  "questions", "max_steps", "max_new_tokens", "max_context"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
+        value = getattr(args, name)
+        if value is not None and not isinstance(value, dict) and value < 1:  # --max-steps of a resumed run: by task
             error(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("epo", "lora_rank", "kl_coef", "warmup", "warmup_updates", "eval_games", "classifier_coef", "coupling_every"):
         if getattr(args, name) is not None and getattr(args, name) < 0:
@@ -106,7 +107,9 @@ def setup(args):
     args.out = args.out or f"runs/{args.env}-{args.classifier}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     args.out = broadcast_object_list([args.out])[0]  # the clocks of several processes differ
     games = levels.level_games(args.env, args.level, "train", args.games, args.task_types)
-    print(f"games   {args.games}, level {args.level}, {len(games):,} for training, at most {args.max_steps} steps   (--games, "
+    limits = args.max_steps.values() if isinstance(args.max_steps, dict) else [args.max_steps]
+    most = f"{min(limits)} to {max(limits)} steps by task" if len(limits) > 1 else f"{args.max_steps} steps"
+    print(f"games   {args.games}, level {args.level}, {len(games):,} for training, at most {most}   (--games, "
           "--level, --max-steps" + (f"; tasks {' '.join(args.task_types)}: --task-types)" if args.task_types else ")"))
     pool = EnvPool(max(1, args.workers // processes))
     with accelerator.main_process_first():
@@ -206,7 +209,7 @@ def make_engine(args, model, chat, folder):
     if args.engine == "torch":
         if args.shard:  # episodes are sampled from a whole copy: processes that play do not wait for one another
             model = load_policy(folder, args.device, torch.bfloat16 if in_half(args) else torch.float32)[0]
-        return TorchEngine(model, chat.ends, args.temperature, args.max_new_tokens)
+        return TorchEngine(model, chat.ends, args.temperature, max_new_tokens=args.max_new_tokens)
     from engines.vllm_engine import VLLMEngine
     return VLLMEngine(folder, chat.ends, args.temperature, args.max_new_tokens, args.max_context,
                       "bfloat16" if in_half(args) else "float32", args.engine_memory, args.tensor_parallel, args.seed)

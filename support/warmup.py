@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from classifier_loss import generative_loss, value_head_loss
 from games import levels
+from games.game import most_steps
 from rollout import play
 from support.controls import CONTROLS
 from support.batches import forward, lay_out, micro_batches
@@ -24,7 +25,7 @@ def warm_up(run, label, weigh):
     """`supervise` on one round of the policy's own episodes, with an optimizer that is thrown away."""
     args, seed = run.args, run.args.seed * 1_000_003
     games = levels.sample_games(run.games, args.tasks, seed)
-    with progress("warm-up: playing", len(games) * args.group_size * args.max_steps) as bar:
+    with progress("warm-up: playing", args.group_size * most_steps(args.max_steps, games)) as bar:
         episodes, report = play(run.engine, run.pool, run.chat, games, args.group_size, args.max_steps, args.max_context,
                                 seed, args.show_actions, bar)
     check_episodes(args, episodes, report["bad_games"])

@@ -240,7 +240,7 @@ def test_every_rule_on_a_real_group(pool):
     model, tokenizer = load_policy("policies/tiny")
     chat, _ = make_chat(tokenizer, "alfworld", "policies/tiny")
     games = [levels.generated_game("train", seed) for seed in (3, 4)]
-    episodes, _ = play(TorchEngine(model, chat.eos), pool, chat, games, 4, 12, seed=1)
+    episodes, _ = play(TorchEngine(model, chat.eos, max_new_tokens=24), pool, chat, games, 4, 12, seed=1)
     steps = [s for e in episodes for s in e.steps]
     labels = torch.tensor([0 if s.flawed else 1 for s in steps])
     found = {name: rule(episodes, labels=labels) for name, rule in CREDIT.items()}

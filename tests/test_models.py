@@ -149,7 +149,7 @@ def test_in_bfloat16_and_greedily(temperature):
     compute_in_bfloat16(model)
     answers = []
     for seed in (0, 0, 1):
-        engine = TorchEngine(model, 2, temperature, 6)
+        engine = TorchEngine(model, 2, temperature, max_new_tokens=6)
         engine.start(seed)
         talks = {row: some_tokens(12, row // 3) for row in range(6)}
         for row, ids in talks.items():

@@ -12,7 +12,7 @@ from games.game import Observation
 from games.pool import make_world
 import rollout
 from engines import torch_engine
-from games.players import play_expert
+from games.players import play_expert, random_agent
 from support.demonstrations import expert_episodes
 
 
@@ -99,6 +99,17 @@ def test_full_context_ends_an_episode_flagged(chat, pool):
     (episode,), _ = rollout.play(Scripted(chat, ["<action>look</action><|im_end|>"]), pool, chat, [game], 1,
                                  max_steps=20, max_context=first + 60)
     assert episode.truncated and 1 <= len(episode.steps) < 20 and len(episode.tokens) <= first + 60
+
+
+def test_the_limit_of_steps_may_differ_by_task(chat, pool):
+    games = [levels.generated_game("train", seed) for seed in range(12)]
+    one = next(game for game in games if game.task_type != games[0].task_type)
+    limits = {games[0].task_type: 2, one.task_type: 5}
+    engine = Scripted(chat, ["<action>look</action><|im_end|>"])
+    played, _ = rollout.play(engine, pool, chat, [games[0], one], 2, max_steps=limits)
+    assert [len(e.steps) for e in played] == [2, 2, 5, 5]
+    assert [len(turns) for _, turns, won in random_agent([games[0], one], pool, limits) if not won] == [2, 5]
+    assert [len(turns) for _, turns, won in play_expert([games[0], one], pool, limits, sloppy=0.9) if not won] == [2, 5]
 
 
 def test_a_bar_ends_full_also_where_episodes_end_early(chat, pool):

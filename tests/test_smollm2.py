@@ -37,7 +37,7 @@ def play_some(model, tokenizer, folder, pool, max_steps=2):
     chat, ours = make_chat(tokenizer, "alfworld", folder)
     assert not ours and tokenizer.decode([chat.eos]) == "<|im_end|>"  # its file says <|im_start|>
     games = [levels.generated_game("train", s) for s in range(2)]
-    episodes, _ = play(TorchEngine(model, chat.ends, 0.7, 16), pool, chat, games, 2, max_steps, seed=1)
+    episodes, _ = play(TorchEngine(model, chat.ends, 0.7, max_new_tokens=16), pool, chat, games, 2, max_steps, seed=1)
     assert [len(e.steps) for e in episodes] == 4 * [max_steps]
     return episodes
 

@@ -60,7 +60,7 @@ def test_greedy_episodes_are_the_pytorch_engine_s(engine, pool):
     chat, _ = make_chat(tokenizer, "alfworld", FOLDER)
     games = [levels.generated_game("valid_seen", s) for s in range(4)]
     engine.temperature, played = 0.0, []
-    for one in (engine, TorchEngine(model, chat.eos, 0.0, 24)):
+    for one in (engine, TorchEngine(model, chat.eos, 0.0, max_new_tokens=24)):
         played.append([[s.action for s in e.steps] for e in rollout.play(one, pool, chat, games, 1, max_steps=6)[0]])
     engine.temperature = 0.7
     assert played[0] == played[1]
