@@ -60,6 +60,8 @@ def learn(args, start, arm, batch, question, seed):
     for update in range(args.updates):
         chosen = torch.randperm(len(batch.episodes), generator=generator)[:args.batch_episodes].tolist()
         drawn = weigh(args, batch.part(chosen), seed + update)
+        for part, peak in zip(optimizer.param_groups, (args.lr, args.head_lr)):
+            part["lr"] = peak * min(1.0, (update + 1) / 10)  # Adam's first steps are long whatever the gradient
         optimizer.zero_grad(set_to_none=True)
         for micro in micro_batches(drawn.episodes, args.micro_tokens):
             part = drawn.part(micro)
