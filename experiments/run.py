@@ -104,9 +104,9 @@ def append(path, row):
 
 
 def commit():
-    """The commit of the code that runs, with `+` where it has been changed since."""
+    """The commit of the code that runs, with `+` where it has been changed since (a new row is no change)."""
     git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(git("status", "--porcelain", "-uno"))
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(git("status", "--porcelain", "-uno", "--", ".", ":!experiments/*.jsonl"))
 
 
 def do(experiment, arm, seed, args):
