@@ -93,7 +93,7 @@ def cold_start(model, episodes, epochs=1, batch=64, lr=2e-3, lm_coef=0.1, seed=0
     shuffle, choose = (torch.Generator().manual_seed(seed) for _ in range(2))  # same batches with a lesson and without
     total, done = epochs * (len(episodes) // batch), 0
     warmup = min(100, max(1, total // 2))
-    bar = tqdm(total=total, desc="cold start", disable=not progress)
+    bar = tqdm(total=total, desc="cold start", disable=None if progress else True)  # None: on a terminal alone
     for _ in range(epochs):
         # Shuffle, then sort by length inside pools of 16 batches: little padding, and still random batches.
         order = torch.randperm(len(episodes), generator=shuffle).tolist()

@@ -3,7 +3,7 @@
     python coupling.py --model policies/tiny --out runs/coupling              # one draw of games: 2 minutes
     python coupling.py --model A --model B --draws 10 --out runs/a-and-b      # paired: on the same games
     python coupling.py --model policies/tiny --probes runs/probes.jsonl       # kernel and representation, too
-    python coupling.py --model policies/tiny --report runs/coupling.html      # one page: tables, pictures, steps
+    python coupling.py --model policies/tiny --report runs/coupling/report.html  # one page of it
     python coupling.py --model policies/tiny --after runs/a runs/b          # what became of its flaws there
 
 **The split update**: what training would do to this policy's flaws. The policy plays training games. On half
@@ -49,7 +49,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
 from games.pool import EnvPool
 from rollout import flaw_rates
@@ -58,6 +57,7 @@ from support.coupling_figures import draw_danger_zone, draw_fate, draw_kernels
 from support.coupling_page import write_page
 from support.coupling_report import fates, paired, summarize, table, write_lines
 from support.coupling_run import as_run, checkpoint_moments, choose_games, collect, parse_arguments, prepare
+from support.logs import progress
 from support.probes import encode, group_cosines, kernel_table, probe_file, probe_logprobs
 from support.representation import representation, representation_table
 from support.setup import player
@@ -198,7 +198,9 @@ def probe_kernel(model, probes, temperature=1.0, exact=4_000_000, buckets=2**18,
         place = {i: draw(i, sizes[name], torch.int32) for name, members in blocks.items() for i in members}
         sign = {i: 2 * draw(i, 2, torch.int8) - 1 for i in place}
     rows = {name: torch.zeros(len(probes), size) for name, size in sizes.items()}
-    for n, probe in enumerate(tqdm(probes, desc="gradients of probes")):
+    bar = progress("gradients of probes", len(probes), " probes")
+    for n, probe in enumerate(probes):
+        bar.update()
         logprob = forward(model, [probe.tokens], [probe.mask], temperature)["logprobs"].sum()
         g = torch.autograd.grad(logprob, parameters, allow_unused=True, materialize_grads=True)
         for name, members in blocks.items():
@@ -207,6 +209,7 @@ def probe_kernel(model, probes, temperature=1.0, exact=4_000_000, buckets=2**18,
                     rows[name][n].index_add_(0, place[i], g[i].flatten().cpu() * sign[i])
             else:
                 rows[name][n] = torch.cat([g[i].flatten() for i in members])
+    bar.close()
     kernels = {name: (row @ row.T).double() for name, row in rows.items()}
     return {"all": sum(kernels.values()), **kernels}
 
@@ -250,8 +253,8 @@ def measure(args, run, games, seed, v=None):
 
 def measure_all(args, pool, games, probes):
     """Every model on every draw's games, and on the probes; tables are printed and rows written as they come.
-    Returns the rows and, by model, what there is to look at: `grams` (Gram matrices, probes as the model reads
-    them), `held_out`, `scores`, `layers`, `said` of support/coupling_page.py."""
+    Returns the rows and, by model, what there is to look at: `grams` (Gram matrices, probes as the model
+    reads them), `held_out`, `scores`, `layers`, `said` of support/coupling_page.py."""
     rows, lines, count = [], [], len(games) // max(1, args.draws)
     seen_of = SimpleNamespace(grams={}, held_out={}, scores={}, layers={}, said={})
     for folder in args.model:
@@ -262,7 +265,7 @@ def measure_all(args, pool, games, probes):
         v = None if args.no_adam else checkpoint_moments(folder, engine.model)
         parts = (2 - args.no_adam) * (2 * args.blocks + 1) + (0 if args.no_adam or v else 2 * args.blocks)
         parts += -(-count // max(1, args.batch // args.group_size))  # of playing
-        with tqdm(total=args.draws * parts, desc=folder, disable=not args.draws) as bar:
+        with progress(folder, args.draws * parts, " parts") as bar:
             run = as_run(here, engine.model, bar, engine=engine, chat=chat, pool=pool)
             for draw in range(args.draws):
                 seed = (args.seed * 1_000_003 + draw) * 10_007  # `collect` adds the number of a game

@@ -23,6 +23,8 @@ import os
 import sys
 from collections import defaultdict
 
+from tqdm import tqdm
+
 from games import levels
 from games.game import most_steps
 from games.players import play_expert, random_agent
@@ -151,7 +153,7 @@ def reference_result(agent, games, pool, max_steps, seed=0):
     episodes, bad = [], []
     player = (play_expert(games, pool, max_steps, warn=bad.append) if agent == "expert" else
               random_agent(games, pool, max_steps, seed, warn=bad.append))
-    bar = progress(agent, len(games), " games")
+    player = tqdm(player, agent, len(games), leave=False, unit=" games", disable=None)
     for game, turns, won in player:
         episode, tried, visited = Episode(game, 0, won=won, reward=float(won)), defaultdict(set), set()
         for _, command, before, after in turns:
@@ -160,8 +162,6 @@ def reference_result(agent, games, pool, max_steps, seed=0):
             episode.score = after.score
             judge(episode.steps[-1], before, after, tried, visited)
         episodes.append(episode)
-        bar.update()
-    bar.close()
     return {**summarize(episodes), "bad_games": bad}
 
 
@@ -240,6 +240,8 @@ def main():
     parser.set_defaults(shard=False, engine_memory=0.9, tensor_parallel=1)
     args, shown = parser.parse_args(), []  # what --report shows, of each checkpoint
     try:
+        if min(args.workers, args.batch, 1 if args.max_steps is None else args.max_steps) < 1:
+            raise ValueError("--workers, --batch and --max-steps must be at least 1")
         if args.report or args.oracle:
             from support import report
             report.check(args)
@@ -254,7 +256,7 @@ def main():
             print(json.dumps({**found, "a": a, "b": b}) if args.json else
                   f"A\n{table(a)}\n\nB\n{table(b)}\n\n{said}")
         if args.report:
-            report.report_evaluation(args.report, shown, said)
+            report.report_evaluation(args, shown, said)
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"evaluate.py: {error}")
 

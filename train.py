@@ -233,7 +233,8 @@ def parse_arguments():
     flag("--kl-coef", type=float, default=0.01, help="weight of the KL to --model; 0 saves a pass")
     flag("--epo", type=float, default=0.0, help="weight of EPO's entropy smoothing (the paper's: 0.001)")
     # An explicit instruction moves a policy that follows it out of the danger zone, while it stands.
-    flag("--correct", type=float, default=0.0, metavar="THRESHOLD", help="forbid commoner flaws")
+    flag("--correct", type=float, default=0.0, metavar="THRESHOLD",
+         help="the prompt forbids flaws commoner than this")
     flag("--advantage", default="std", choices=["std", "mean"], help="divide by the group's std, or do not")
     # Failures are long: per token they weigh more, per episode a long one is punished less for each step.
     flag("--weighting", default="token", choices=["token", "step", "episode"], help="what counts equally")

@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy  # noqa: E402
 
 from rollout import FLAWS  # noqa: E402
-from support.coupling_report import KINDS, combine, fates  # noqa: E402
-from support.curves import COLORS  # noqa: E402
+from support.coupling_report import combine, fates  # noqa: E402
+from support.curves import COLORS, FLAW_COLORS  # noqa: E402
 from support.probes import GROUPS, cosine, group_cosines  # noqa: E402
 
 MARKERS = "os^Dv<>"
@@ -38,10 +38,10 @@ def draw_danger_zone(rows, path):
     figure, axes = plt.subplots(1, len(rules), figsize=(6.2 * len(rules), 5.6), squeeze=False,
                                 constrained_layout=True)
     for axis, rule in zip(axes[0], rules):
-        reach = [0.0]
+        reach, points = [0.0], [0.0]  # of intervals; where there are none, of points
         for marker, model in zip(MARKERS * len(models), models):
             mine = [row for row in rows if row["model"] == model]
-            for color, kind in zip(COLORS, KINDS[:-1]):
+            for kind, color in FLAW_COLORS.items():
                 cells = combine(mine, rule, kind)
                 (leak, *leaks), (own, *owns) = cells["leak"], cells["own"]
                 if leak is None:
@@ -57,10 +57,11 @@ def draw_danger_zone(rows, path):
                               label=name + ("" if ratio is None else f": {ratio:.2f}"))
                 if bars:
                     axis.errorbar([-own], [leak], fmt="none", color=color, capsize=3, elinewidth=1, **bars)
-                reach += [-own, leak]
+                points += [-own, leak]
                 if len(mine) > 1:
                     single = [(-row[rule][kind]["own"], row[rule][kind]["leak"]) for row in mine]
                     axis.plot(*zip(*single), marker, color=color, alpha=0.3, markersize=4)
+        reach = reach if len(reach) > 1 else points
         low, high = min(reach), max(reach)
         low, high = low - 0.08 * (high - low), high + 0.08 * (high - low)
         axis.plot([low, high], [low, high], "k-", linewidth=1)
@@ -132,7 +133,7 @@ def draw_fate(starts, path):
     for axis, rule in zip(axes[0], rules):
         for marker, (name, rows, runs) in zip(MARKERS, starts):
             became = fates(runs)
-            for color, kind in zip(COLORS, FLAWS):
+            for kind, color in ((kind, FLAW_COLORS[kind]) for kind in FLAWS):
                 ratio, low, high = combine(rows, rule, kind)["ratio"]
                 grown = [after / before for before, after in (one[kind] for one in became.values()) if before]
                 if ratio is None or not grown:

@@ -11,7 +11,7 @@ import torch
 
 from evaluate import summarize
 from support.coupling_report import KINDS, NAMES, combine, paired, text
-from support.report import describe, section, write_report
+from support.report import describe, facts_of, section, write_report
 from support.representation import representation_table
 
 PICTURES = {"danger_zone.png": "The danger zone: leak against own correction", "fate.png": "What became of each flaw under RL",
@@ -45,12 +45,15 @@ def split_sections(models, rows):
             for kind in (kind for kind in KINDS if any(kind in row[rule] for row in mine)):
                 cells = combine(mine, rule, kind)
                 _, low, high = cells["net"]
-                said = "" if low is None or kind == "good" else "grows" if low > 0 else "falls" if high < 0 else "open"
+                said = "open" if low is None else "grows" if low > 0 else "falls" if high < 0 else "open"
                 steps = sum(row[rule][kind]["steps"] for row in mine if kind in row[rule])
-                lines.append([kind, steps, *(text(*cells[name], 2 if name == "ratio" else 3) for name in NAMES), said])
+                values = [text(*cells[name], 3 if rule == "plain" else 0) for name in NAMES[:3]]
+                values.append("own >= 0" if cells["ratio"][0] is None else text(*cells["ratio"], 2))
+                lines.append([kind, steps, *values, "" if kind == "good" else said])
             over = "t intervals over the draws" if len(mine) > 1 else "bootstrap intervals over games"
-            about = (f"{len(mine)} draw{'s' * (len(mine) > 1)} of {mine[0]['episodes']} episodes; nats per unit step, 95% {over}. From a ratio of 1 on "
-                     "a flaw grows although it is punished.")
+            about = (f"{len(mine)} draw{'s' * (len(mine) > 1)} of {mine[0]['episodes']} episodes; nats per unit step, 95% {over}. Net is "
+                     "leak + own correction: above 0 the flaw grows although it is punished (a ratio from 1 on, or no "
+                     "correction at all: own >= 0); open: the interval of net holds 0, or there is none.")
             found.append(section(f"{model}: {RULES[rule]}", about, head, lines))
     if len(models) > 1 and rows:
         found.append(section("Differences, paired by draw", pre=paired(models, rows)))
@@ -66,14 +69,15 @@ def probe_section(episodes, scores):
         for i, (observation, command) in enumerate(episode["turns"]):
             if str(i) in episode["probes"]:
                 flaws = episode["probes"][str(i)]
-                lines.append([command, ", ".join(flaws) or "good", observation[:160] + "…" * (len(observation) > 160),
-                              *(f"{float(score[number]):+.2f}" for score in scores.values()), f"{episode['game']}, step {i + 1}"])
+                scored = [f"{float(score[number]):+.2f}" for score in scores.values()]
+                lines.append([command, ", ".join(flaws) or "good", *scored, f"{episode['game']}, step {i + 1}",
+                              observation[:160] + "…" * (len(observation) > 160)])
                 number += 1
     flawed = torch.tensor([line[1] != "good" for line in lines])
     margins = "; ".join(f"{model}: good {float(score[~flawed].mean()):+.2f}, flawed {float(score[flawed].mean()):+.2f}"
                         for model, score in scores.items())
     return section("The probes", f"A careless expert's steps on games outside training; mean log pi of the action: {margins}.",
-                   ["action", "it is", "after", *(f"log pi, {model}" for model in scores), "game"], lines)
+                   ["action", "it is", *(f"log pi, {model}" for model in scores), "in the game", "after"], lines)
 
 
 def write_page(args, rows, episodes, seen_of):
@@ -94,5 +98,5 @@ def write_page(args, rows, episodes, seen_of):
     if seen_of.scores:
         sections.append(probe_section(episodes, seen_of.scores))
     sets = [held_out_set(model, *shown) for model, shown in seen_of.held_out.items()]
-    facts = {key: value for key, value in vars(args).items() if value is not None}
-    write_report(args.report, "Gradient coupling: " + ", ".join(args.model), sets, facts=facts, sections=sections)
+    title = "Gradient coupling: " + ", ".join(args.model)
+    write_report(args.report, title, sets, facts=facts_of(args), sections=sections)

@@ -90,26 +90,28 @@ def checkpoint_moments(folder, model):
 
 def parse_arguments():
     parser, group = make_parser("Measure the gradient coupling of policies.")
-    flag = group("what is measured")
-    flag("--model", action="append", required=True, help="Hugging Face folder or hub name; several are "
+    flag = group("most used")
+    flag("--model", action="append", required=True, help="(needed) Hugging Face folder or hub name; several are "
          "paired: measured on the same games")
     flag("--draws", type=int, default=1, help="how often, each time on games and samples of its own; 0: "
          "--probes alone")
     flag("--episodes", type=int, default=256, help="per draw; half of the games give the gradients, the "
          "others are held out")
+    flag("--probes", metavar="FILE", help="measure kernel and representation, too, on the probes in this "
+         "file; where there is none, it is made")
+    flag("--out", default="runs/coupling", help="folder for results and pictures; those there are replaced")
+    flag("--report", metavar="FILE", help="write a page to look at: tables, pictures, probes, held-out steps")
+    flag = group("what is measured")
     flag("--group-size", type=int, default=8, help="episodes per game (G)")
     flag("--blocks", type=int, default=8, help="of games whose gradients are taken apart, for the intervals")
-    flag("--report", metavar="FILE", help="write a page to look at: tables, pictures, probes, held-out steps")
     flag("--step", type=float, default=1e-3, help="by how many nats a step changes held-out log pi (root "
          "mean square)")
     flag("--no-adam", action="store_true", help="the plain gradient alone: half the forward passes")
-    flag("--probes", metavar="FILE", help="measure kernel and representation, too, on the probes in this "
-         "file; where there is none, it is made")
     flag("--probe-count", type=int, default=256, help="of a new file of probes")
     flag("--after", nargs="+", metavar="RUN", default=[], help="folders of train.py's runs that began with "
          "the first --model: what became of each flaw, against its ratio at the start")
     flag = group("as in training")
-    flag("--env", default="alfworld", choices=levels.ENVS)
+    flag("--env", default="alfworld", choices=levels.ENVS, help="which text game")
     flag("--level", default="L1", choices=levels.LEVELS, help="whose training games are played (probes: "
          "whose test games)")
     flag("--games", default="auto", choices=["auto", "official", "generated"], help="ALFWorld's")
@@ -134,7 +136,6 @@ def parse_arguments():
     flag("--workers", type=int, default=os.cpu_count(), help="environment processes")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
     flag("--seed", type=int, default=0, help="of games and sampling")
-    flag("--out", default="runs/coupling", help="folder for results and pictures; those there are replaced")
     # Float32 and PyTorch, since differences of nearly equal numbers are read.
     parser.set_defaults(engine="torch", precision="float32", shard=False, engine_memory=0.9,
                         tensor_parallel=1)
@@ -143,8 +144,8 @@ def parse_arguments():
         parser.error("--draws must be at least 1, or 0 with --probes")
     if args.after and not args.draws:
         parser.error("--after needs --draws")
-    for name in ("episodes", "batch", "micro_tokens", "workers", "probe_count"):
-        if getattr(args, name) < 1:
+    for name in ("episodes", "batch", "micro_tokens", "workers", "probe_count", "max_steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.group_size < 2:
         parser.error("--group-size must be at least 2: an advantage compares episodes of one game")
@@ -156,7 +157,10 @@ def parse_arguments():
                      f"and at least {pair * args.blocks}, a group for each of --blocks")
     if args.step <= 0:
         parser.error("--step must be positive")
-    if args.report and not os.path.isdir(os.path.dirname(os.path.abspath(args.report))):
+    folder = os.path.dirname(os.path.abspath(args.report or args.out))
+    if args.report and os.path.isdir(args.report):
+        parser.error(f"--report {args.report} is a folder: name a file, such as {os.path.join(args.report, 'report.html')}")
+    if args.report and not os.path.isdir(folder) and folder != os.path.abspath(args.out):  # that one will be made
         parser.error(f"--report {args.report}: there is no folder {os.path.dirname(args.report)}")
     if len(set(args.model)) < len(args.model):
         parser.error("--model: the same one twice")

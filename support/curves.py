@@ -14,6 +14,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 # Wong's palette: distinct for colour-blind readers; line styles keep it readable in grey.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+FLAW_COLORS = {"malformed": "#CC79A7", "inadmissible": "#E8702A", "no_effect": "#E6A817", "repeated": "#56B4E9",
+               "revisited": "#2FB58A", "flawed": "#000000"}  # the same in every picture and on the report's page
 STYLES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-"]
 
 
@@ -60,9 +62,10 @@ def draw(folders, out, names=None):
                 points = [(row["iteration"], row[key]) for row in rows if key in row]
                 if points:
                     xs, ys = zip(*points)
-                    axis.plot(xs, ys, color=COLORS[k % 7], alpha=0.25, linewidth=0.8)
+                    color = FLAW_COLORS.get(key, COLORS[k % 7]) if len(folders) == 1 else COLORS[k % 7]
+                    axis.plot(xs, ys, color=color, alpha=0.25, linewidth=0.8)
                     ys = ys if title.startswith("held-out") else smooth(ys)  # few points
-                    axis.plot(xs, ys, color=COLORS[k % 7], linestyle=STYLES[k % 7], label=prefix + label)
+                    axis.plot(xs, ys, color=color, linestyle=STYLES[k % 7], label=prefix + label)
                     k += 1
             if title == "success":
                 for split in ("L0", "L1", "L2"):

@@ -105,7 +105,7 @@ def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, 
     episodes, rng = [], random.Random(seed)
     played = won_games(games, pool, max_steps, sloppy, seed, critic, correct)
     for game, turns, steps, said_of, corrections in tqdm(played, total=len(games), desc="expert episodes",
-                                                         disable=not progress):
+                                                         disable=None if progress else True):
         chat.corrections = corrections
         openings = thoughts(game.env, turns) if chat.tags else [(None, "")] * len(turns)
         for copy in range(copies):

@@ -12,7 +12,7 @@ class Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=30, width=width)
 
     def _get_help_string(self, action):
-        silent = any(action.default is x for x in (None, False, argparse.SUPPRESS)) or "default" in (action.help or "")
+        silent = any(action.default is x for x in (None, False, argparse.SUPPRESS)) or action.default == [] or "default" in (action.help or "")
         return (action.help or "") + ("" if silent else " (default: %(default)s)")
 
     def _get_default_metavar_for_optional(self, action):

@@ -213,6 +213,8 @@ def main():
     parser.add_argument("--out", help="write the result there as JSON, with every number of the table")
     args = parser.parse_args()
     try:
+        if min(args.count, args.group_size, args.workers, 1 if args.max_steps is None else args.max_steps) < 1:
+            raise ValueError("--count, --group-size, --workers and --max-steps must be at least 1")
         if args.out and not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
             raise ValueError(f"--out {args.out}: there is no folder {os.path.dirname(args.out)}")
         with EnvPool(args.workers) as pool:

@@ -22,6 +22,7 @@ from support.batches import forward, lay_out, make_question, micro_batches
 from support.checkpoints import write_atomically
 from support.controls import CONTROLS
 from support.labels import LABELS
+from support.logs import machine
 from support.processes import is_sharded
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report.html")
@@ -156,14 +157,15 @@ def of_checkpoint(name, args, engine, chat, pool, episodes, result):
     return describe(name, played, chat, result, about, label=labels, oracle=oracle, **found), rows
 
 
-def report_evaluation(path, shown, said):
+def report_evaluation(args, shown, said):
     """evaluate.py's page. shown: (set, rows) of each checkpoint; said: the comparison of two as text, or ""."""
     (first, rows), *rest = shown
     if not rest:
-        return write_report(path, first["name"], [first], rows)
+        return write_report(args.report, first["name"], [first], rows, facts_of(args))
     for letter, (one, _) in zip("AB", shown):
         one["about"], one["name"] = f"{one['name']}: {one['about']}", letter
-    write_report(path, "A and B on the same games", [one for one, _ in shown], compared=said)
+    sets = [one for one, _ in shown]
+    write_report(args.report, "A and B on the same games", sets, facts=facts_of(args), compared=said)
 
 
 def run_of(checkpoint):
@@ -203,8 +205,8 @@ def report_run(run, iteration, episodes, summary):
                          advantage=advantages.tolist(), **judged(episodes)))
     with open(os.path.join(args.out, "metrics.jsonl")) as file:
         rows = [json.loads(line) for line in file]
-    facts = {key: value for key, value in vars(args).items() if value is not None}
-    write_report(os.path.join(args.out, "report.html"), os.path.basename(os.path.normpath(args.out)), sets, rows, facts)
+    name = os.path.basename(os.path.normpath(args.out))
+    write_report(os.path.join(args.out, "report.html"), name, sets, rows, facts_of(args))
 
 
 # -------------------------------------------------------------------------------------------------------------- the page
@@ -224,6 +226,24 @@ def finite(value):
     return value
 
 
+def facts_of(args):
+    """What a page lists of how its numbers came to be: flags that are set, and the machine. {name: text}.
+
+    >>> from types import SimpleNamespace as flags
+    >>> found = facts_of(flags(lr=0.1, task_types=["boil", "melt"], max_steps={"boil": 40, "melt": 43}, after=[], out=None))
+    >>> [found.get(name) for name in ("lr", "task_types", "max_steps", "after", "out")]
+    ['0.1', 'boil, melt', 'boil 40, melt 43', None, None]
+    >>> "torch" in found["machine"]
+    True
+    """
+    def text(value):
+        if isinstance(value, dict):
+            return ", ".join(f"{key} {one}" for key, one in value.items() if one is not None)
+        return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    found = {name: text(value) for name, value in vars(args).items() if name != "machine" and value not in (None, [], "")}
+    return {**found, "machine": text(machine())}
+
+
 def section(title, text="", head=(), rows=(), picture=None, pre=""):
     """A further section of the page: a text, a table (strings and numbers), a picture (path of a PNG, embedded), and a text
     whose columns are to stand below one another."""
@@ -238,7 +258,7 @@ def write_report(path, title, sets=(), metrics=(), facts=None, sections=(), comp
     """Write the page, whole or not at all.
 
     Args:
-        sets: of `describe`. metrics: rows of metrics.jsonl, for the curves. facts: {name: value}, listed.
+        sets: of `describe`. metrics: rows of metrics.jsonl, for the curves. facts: {name: text}, listed (`facts_of`).
         sections: of `section`.
         compared: not empty: the first two sets are of the same games, shown side by side; the comparison's text.
     Raises OSError.

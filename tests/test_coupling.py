@@ -382,7 +382,7 @@ def test_the_command_pairs_models_and_keeps_held_out_games_out(monkeypatch, tmp_
         a["plain"]["flawed"]["leak"], abs=6e-4)
     probes_shown = next(s for s in page["sections"] if s["title"] == "The probes")["rows"]
     assert len(probes_shown) == sum(len(json.loads(line)["probes"]) for line in before.splitlines())
-    assert all(row[3] == row[4] and float(row[3]) < 0 for row in probes_shown)
+    assert all(row[2] == row[3] and float(row[2]) < 0 for row in probes_shown)
     assert sum(s["picture"] is not None for s in page["sections"]) == 2
 
 

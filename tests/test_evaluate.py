@@ -146,6 +146,7 @@ def test_a_checkpoint_is_evaluated_as_it_was_trained(model, tokenizer, tmp_path)
     (["--task-types", "7"], "unknown task type '7' of alfworld"),
     (["--level", "L2", "--task-types", "1"], "none of the chosen --task-types is tested at level L2"),
     (["--env", "scienceworld", "--agent", "expert", "--task-types", "fly"], "unknown task type 'fly' of scienceworld"),
+    (["--max-steps", "0"], "--max-steps must be at least 1"),
     (["--compare", "/no/a.json", "/no/b.json"], "No such file"),
 ])
 def test_bad_input_is_one_clear_line(arguments, message):

@@ -287,7 +287,7 @@ def test_hostile_text_is_seen_and_never_runs(view, where):
     elif where == "title":
         more = {"title": HOSTILE, "facts": {HOSTILE: HOSTILE}, "compared": ""}
     else:
-        more = {"sections": [report.section(HOSTILE, HOSTILE, [HOSTILE], [[HOSTILE]])]}
+        more = {"sections": [report.section(HOSTILE, HOSTILE, [HOSTILE], [[HOSTILE]], pre=HOSTILE)]}
     page = view([a_set("test", [episode])], **more)
     page.keyboard.press("n")
     page.wait_for_selector("#detail h3")
@@ -348,6 +348,34 @@ def test_further_sections_carry_text_table_and_picture(view):
     assert page.inner_text("#more td:nth-child(2)") == "0.19" and not page.is_visible("#episodes")
     page.wait_for_selector("#more img")
     assert page.evaluate("document.querySelector('#more img').naturalWidth") > 100
+
+
+@pytest.mark.parametrize("width", [1280, 375])
+def test_a_page_of_coupling_can_be_read(view, width):
+    """What support/coupling_page.py makes: steps with leak and own correction, a long table folded, columns of text."""
+    episode = an_episode("pick-1", True, ["go", "take"], {1: [1]}, advantage=0.5)
+    for step, leak in zip(episode["steps"], (-0.25, 1.5)):
+        step |= {"leak": leak, "own": -2.0}
+    rows = [["go to desk 1", "good", "-1.50", f"game {i}", "You arrive at desk 1. " * 12] for i in range(41)]
+    page = view([a_set("policies/tiny", [episode])], width=width, facts={"after": "runs/a, runs/b"}, sections=[
+        report.section("The probes", "", ["action", "it is", "log pi", "in the game", "after"], rows),
+        report.section("kernel", pre="a   1\nbb  2" + " 3" * 200)])
+    page.click("summary:has-text('settings')")
+    assert "runs/a, runs/b" in page.inner_text("#facts")
+    assert not page.is_visible("#more table")
+    page.click("#more summary")
+    assert len(page.query_selector_all("#more tbody tr, #more table tr")) >= 42
+    assert width < 1000 or page.query_selector("#more table").bounding_box()["width"] < width  # a long text wraps
+    assert page.inner_text("#more pre").startswith("a   1\nbb  2") and page.evaluate("document.documentElement.scrollWidth") == width
+    page.keyboard.press("n")
+    page.wait_for_selector("#detail dl")
+    said = page.inner_text("#detail .step[data-step='1']")
+    assert "leak" in said and "+1.500" in said and "own correction" in said and "-2.000" in said
+
+
+def test_a_single_point_is_seen(view):
+    page = view([], metrics=[{"iteration": 1, "grad_norm_grpo": 0.2}, {"iteration": 2}])
+    assert page.query_selector(".chart circle") and not page.query_selector(".chart polyline")
 
 
 def test_a_thousand_episodes_are_there_at_once(view):
