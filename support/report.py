@@ -123,6 +123,17 @@ def check(args):
         raise ValueError("--oracle goes with --report: its verdicts are shown there")
 
 
+def value_head_of(checkpoint):
+    """The value head that stands beside a checkpoint, in its trainer.pt; None where there is none."""
+    trainer = os.path.join(checkpoint, "trainer.pt")
+    weights = os.path.exists(trainer) and torch.load(trainer, map_location="cpu", weights_only=True, mmap=True)["value_head"]
+    if not weights:
+        return None
+    head = torch.nn.Linear(weights["weight"].shape[1], 1)
+    head.load_state_dict(weights)
+    return head
+
+
 def of_checkpoint(name, args, engine, chat, pool, episodes, result):
     """The set of an evaluated checkpoint, and the metrics of its run: (set, rows of metrics.jsonl).
 
@@ -133,11 +144,8 @@ def of_checkpoint(name, args, engine, chat, pool, episodes, result):
     played = [episode for episode in episodes if episode.steps]
     config, rows = run_of(name)
     head, question = None, make_question(chat) if config.get("classifier") in ("generative", "both") else None
-    trainer = os.path.join(name, "trainer.pt")
-    if config.get("classifier") in ("value", "both") and os.path.exists(trainer):
-        weights = torch.load(trainer, map_location="cpu", weights_only=True, mmap=True)["value_head"]
-        head = torch.nn.Linear(weights["weight"].shape[1], 1)
-        head.load_state_dict(weights)
+    if config.get("classifier") in ("value", "both"):
+        head = value_head_of(name)
     found = {}
     if head or question:
         model = getattr(engine, "model", None) or load_policy(name, args.device)[0]
