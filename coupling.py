@@ -57,7 +57,7 @@ from support.coupling_figures import draw_danger_zone, draw_fate, draw_kernels
 from support.coupling_page import write_page
 from support.coupling_report import fates, paired, summarize, table, write_lines
 from support.coupling_run import as_run, checkpoint_moments, choose_games, collect, parse_arguments, prepare
-from support.logs import progress
+from support.logs import machine, progress
 from support.probes import encode, group_cosines, kernel_table, probe_file, probe_logprobs
 from support.representation import representation, representation_table
 from support.setup import player
@@ -271,7 +271,7 @@ def measure_all(args, pool, games, probes):
                 seed = (args.seed * 1_000_003 + draw) * 10_007  # `collect` adds the number of a game
                 row = measure(here, run, games[draw * count:(draw + 1) * count], seed, v)
                 rows.append({"model": folder, "draw": draw, "moments": "trainer.pt" if v else "blocks", **row,
-                             "args": vars(args)})
+                             "args": vars(args), "machine": machine()})
                 write_lines(os.path.join(args.out, "results.jsonl"), rows)
         if args.draws:
             seen_of.held_out[folder] = run.shown

@@ -31,7 +31,7 @@ from games.players import play_expert, random_agent
 from games.pool import EnvPool
 from rollout import FLAWS, Episode, Step, flaw_rates, judge, play
 from support.flags import make_parser
-from support.logs import progress
+from support.logs import machine, progress
 
 NORMAL = 1.959964  # 97.5% quantile
 
@@ -281,7 +281,7 @@ def run(args, folder, shown):
                                levels.level_max_steps(args.env, args.level, kind, types, ["test"]))
     about = {"agent": args.agent, "env": args.env, "games_from": kind, "split": args.split,
              "level": None if args.split else args.level, "max_steps": steps, "seed": args.seed,
-             "skipped": skipped}
+             "skipped": skipped, "machine": machine()}
     with EnvPool(args.workers) as pool:
         if args.agent != "model":
             result = reference_result(args.agent, games, pool, steps, args.seed)

@@ -99,7 +99,8 @@ def draw_kernels(grams, path):
             left.plot([-0.035 * len(order), -0.5], [k - 0.5] * 2, color="#D55E00", lw=0.8, clip_on=False)
         named = [k for k in starts if counts[probes[order[k]].action] >= len(probes) / 40]
         left.set(xticks=[], yticks=[k + counts[probes[order[k]].action] / 2 - 0.5 for k in named],
-                 title=f"{model}: cosine of grad log pi(action), by action; below each orange mark: flawed")
+                 xlim=(-0.5, len(order) - 0.5))
+        left.set_title(f"{model}: cosine of grad log pi(action)\nby action; below each orange mark: flawed", fontsize=10)
         left.set_yticklabels([probes[order[k]].action for k in named], fontsize=7)
         left.tick_params(length=0, pad=22)
         for k, (block, gram) in enumerate(of_block.items()):
@@ -112,8 +113,8 @@ def draw_kernels(grams, path):
                 if cell["low"] is not None:
                     right.plot([x, x], [cell["low"], cell["high"]], color=COLORS[g], linewidth=1.5)
         right.axhline(0, color="k", linewidth=0.5)
-        right.set(title="mean cosine per pair group and block, 95% over games", ylabel="cosine",
-                  xticks=range(len(of_block)))
+        right.set(ylabel="cosine", xticks=range(len(of_block)))
+        right.set_title("mean cosine per pair group and block, 95% over games", fontsize=10)
         right.set_xticklabels([b.replace(" ", "\n") for b in of_block], fontsize=8)
         right.legend(fontsize=8)
         right.grid(axis="y", alpha=0.3)

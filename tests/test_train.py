@@ -84,6 +84,28 @@ def test_a_killed_run_resumes_to_the_same_numbers(small_policy, whole_run, tmp_p
 
 
 @pytest.mark.long
+def test_limits_of_steps_by_task_go_through_a_whole_run(tmp_path):
+    """Two tasks of ScienceWorld, 40 and 30 steps: played, written down, resumed, evaluated, reported."""
+    out = str(tmp_path / "run")
+    run = start("--env", "scienceworld", "--model", os.path.join(ROOT, "policies", "tiny-scienceworld"), "--task-types", "find-plant", "boil",
+                "--iterations", "1", "--tasks", "2", "--group-size", "2", "--updates", "1", "--eval-games", "4", "--warmup-updates", "0",
+                "--workers", "1", "--out", out)
+    output = run.communicate()[0]
+    assert run.returncode == 0 and "30 to 40 steps by task" in output, output
+    with open(os.path.join(out, "config.json")) as file:
+        config = json.load(file)
+    assert config["max_steps"] == {"boil": 40, "find-plant": 30}
+    for name, game in metrics(out)[-1]["eval_L1"]["played"].items():
+        assert game["steps"] <= config["max_steps"]["boil" if "boil" in name else "find-plant"]
+    with open(os.path.join(out, "config.json"), "w") as file:
+        json.dump({**config, "iterations": 2}, file)
+    run = start("--resume", out)
+    assert run.communicate() and run.returncode == 0 and metrics(out)[-1]["iteration"] == 2
+    with open(os.path.join(out, "report.html")) as file:
+        assert "boil 40, find-plant 30" in file.read()
+
+
+@pytest.mark.long
 def test_runs_killed_at_random_moments_resume_to_the_same_numbers(small_policy, tmp_path):
     """kill -9 wherever it comes: in start-up, play, an update, a write. A LoRA run, so that its resuming is covered too."""
     options = ["--model", small_policy, *SMALL, "--save-every", "1", "--lora-rank", "2"]
@@ -132,7 +154,7 @@ def test_a_dead_engine_is_restarted_once_and_then_ends_the_run(monkeypatch):
     args = SimpleNamespace(engine="vllm", precision="float32", device="cpu", out="runs/x", group_size=2, max_steps=1,
                               max_context=9, show_actions=False)
     run = SimpleNamespace(args=args, engine=Engine(1), pool=None, chat=None, model=torch.nn.Linear(1, 1), folder="",
-                          engine_restarts=0)
+                          engine_restarts=0, accelerator=SimpleNamespace(is_main_process=False))
     monkeypatch.setattr(running, "gather_object", lambda found: found)
     assert running.play_or_restart(run, [], 0) == ("episodes", {}) and calls == []
     assert running.play_or_restart(run, [], 0) == ("episodes", {}) and calls == ["made", ("load", ["bias", "weight"])]
