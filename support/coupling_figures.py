@@ -135,14 +135,20 @@ def draw_fate(starts, path):
         for marker, (name, rows, runs) in zip(MARKERS, starts):
             became = fates(runs)
             for kind, color in ((kind, FLAW_COLORS[kind]) for kind in FLAWS):
-                ratio, low, high = combine(rows, rule, kind)["ratio"]
+                cells = combine(rows, rule, kind)
+                ratio, low, high = cells["ratio"]
                 grown = [after / before for before, after in (one[kind] for one in became.values()) if before]
-                if ratio is None or not grown:
+                if not grown or cells["leak"][0] is None:  # too rare for a draw or more
                     continue
                 label = kind.replace("_", " ") + (f", {name}" if len(starts) > 1 else "")
+                if ratio is None or low is None and len(rows) > 1:  # a correction not told from none: no ratio
+                    axis.plot([0.03] * len(grown), grown, marker, color=color, markerfacecolor="none",
+                              transform=axis.get_yaxis_transform(), label=f"{label} (no ratio: nothing corrects it for sure)")
+                    continue
                 axis.plot([ratio] * len(grown), grown, marker, color=color, label=label)
                 if low is not None:
                     axis.plot([low, high], [sum(grown) / len(grown)] * 2, color=color, linewidth=1)
+        axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
         axis.axvline(1, color="k", linewidth=1)
         axis.axhline(1, color="k", linewidth=0.5)
         axis.set(title={"plain": "plain gradient", "adam": "through Adam"}[rule],
