@@ -30,7 +30,7 @@ from games.game import most_steps
 from games.players import play_expert, random_agent
 from games.pool import EnvPool
 from rollout import FLAWS, Episode, Step, flaw_rates, judge, play
-from support.flags import make_parser
+from support.flags import AS_TRAINED, flags_as_trained, make_parser
 from support.logs import machine, progress
 
 NORMAL = 1.959964  # 97.5% quantile
@@ -223,14 +223,9 @@ def main():
          "(default: all; `short` where a tiny policy of ours plays)")
     flag("--max-steps", type=int, help="default 20 on generated games, 50 on official ones, in ScienceWorld "
          "30, or what the task takes (up to 321), 15 on the short ones")
-    as_trained = "as the checkpoint was trained; else "
-    flag("--engine", choices=["auto", "torch", "vllm"], help=f"who samples ({as_trained}torch)")
-    flag("--precision", choices=["auto", "float32", "bfloat16"], help=f"({as_trained}float32)")
-    flag("--temperature", type=float, help=f"0 is greedy ({as_trained}1)")
-    flag("--max-new-tokens", type=int, help=f"per answer ({as_trained}as train.py)")
-    flag("--max-context", type=int, help=f"tokens of an episode ({as_trained}as train.py)")
-    flag("--show-actions", action="store_true", default=None,
-         help=f"name the admissible commands in every observation ({as_trained}not)")
+    flag("--engine", choices=["auto", "torch", "vllm"], help=f"who samples ({AS_TRAINED}torch)")
+    flag("--precision", choices=["auto", "float32", "bfloat16"], help=f"({AS_TRAINED}float32)")
+    flags_as_trained(flag)
 
     flag = group("the run")
     flag("--seed", type=int, default=0, help="for sampling; the games are always the same")

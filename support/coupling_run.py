@@ -13,7 +13,7 @@ from games import levels
 from grpo import token_weights
 from rollout import play
 from support.batches import lay_out
-from support.flags import make_parser
+from support.flags import flags_as_trained, make_parser
 from support.language_models import model_folder
 from support.policies import load_policy, notes_of
 from support.setup import ADAMW
@@ -123,12 +123,7 @@ def parse_arguments():
          "subtract its mean")
     flag("--weighting", default="token", choices=["token", "step", "episode"], help="what counts equally in "
          "the loss")
-    as_trained = "as the checkpoint was trained; else "
-    flag("--temperature", type=float, help=f"of sampling and scoring ({as_trained}1)")
-    flag("--max-new-tokens", type=int, help=f"per answer ({as_trained}as train.py)")
-    flag("--max-context", type=int, help=f"tokens of an episode ({as_trained}as train.py)")
-    flag("--show-actions", action="store_true", default=None,
-         help=f"name the admissible commands in every observation ({as_trained}not)")
+    flags_as_trained(flag)
     flag = group("the run")
     flag("--batch", type=int, default=64, help="episodes played side by side")
     flag("--micro-tokens", type=int, default=8192, help="padded tokens per forward pass: memory, never the "

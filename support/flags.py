@@ -31,3 +31,15 @@ def make_parser(description):
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=Help, usage="%(prog)s [flags]")
     return parser, lambda title: parser.add_argument_group(title).add_argument
+
+
+AS_TRAINED = "as the checkpoint was trained; else "
+
+
+def flags_as_trained(flag):
+    """What a checkpoint notes of how it was played (setup.PLAYED): where a flag is not given, that counts."""
+    flag("--temperature", type=float, help=f"of sampling and scoring; 0 is greedy ({AS_TRAINED}1)")
+    flag("--max-new-tokens", type=int, help=f"per answer ({AS_TRAINED}as train.py)")
+    flag("--max-context", type=int, help=f"tokens of an episode ({AS_TRAINED}as train.py)")
+    flag("--show-actions", action="store_true", default=None,
+         help=f"name the admissible commands in every observation ({AS_TRAINED}not)")
