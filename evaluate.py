@@ -23,8 +23,6 @@ import os
 import sys
 from collections import defaultdict
 
-from tqdm import tqdm
-
 from games import levels
 from games.game import most_steps
 from games.players import play_expert, random_agent
@@ -153,8 +151,7 @@ def reference_result(agent, games, pool, max_steps, seed=0):
     episodes, bad = [], []
     player = (play_expert(games, pool, max_steps, warn=bad.append) if agent == "expert" else
               random_agent(games, pool, max_steps, seed, warn=bad.append))
-    player = tqdm(player, agent, len(games), leave=False, unit=" games", disable=None)
-    for game, turns, won in player:
+    for game, turns, won in progress(agent, len(games), " games", over=player):
         episode, tried, visited = Episode(game, 0, won=won, reward=float(won)), defaultdict(set), set()
         for _, command, before, after in turns:
             visited.add(before.state)

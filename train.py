@@ -43,7 +43,7 @@ from support.corrections import correct
 from support.critic import NoCritic
 from support.flags import make_parser
 from support.labels import LABELS
-from support.logs import Tally
+from support.logs import Tally, progress
 from support.policies import sync
 from support.processes import add_up, clip_gradients, is_sharded, own_share
 from support.run import (collect_episodes, compare_engine, finish_iteration, gradient_norms_apart, prepare,
@@ -132,7 +132,8 @@ def gradients(args, run, batch, grpo_coef=1.0, classifier_coef=None):
     run.optimizer.zero_grad(set_to_none=True)  # what measurements before this step have left
     device, tally = next(run.model.parameters()).device, Tally()
     micros = micro_batches(batch.episodes, args.micro_tokens)
-    for micro, ours in own_share(micros, run.shared, even=is_sharded(run.model)):
+    shares = own_share(micros, run.shared, even=is_sharded(run.model))
+    for micro, ours in progress("updating", unit=" micro-batches", over=shares):
         # Its slices of the batch, (s,) per step, (n,) per sampled token. All weights were computed over the
         # whole batch, so the parts' losses add up, and memory alone decides on the size of a micro-batch.
         part = batch.part(micro, device)

@@ -11,9 +11,11 @@ from tqdm import tqdm
 from rollout import FLAWS, flaw_rates
 
 
-def progress(what, total, unit=" steps", show=True):
-    """A bar with a time to go, on a terminal alone (a log would fill with it), and gone when it is done."""
-    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=None if show else True)
+def progress(what, total=None, unit=" steps", over=None):
+    """A bar with a time to go, gone when it is done: on a terminal alone (a log would fill with it), and of the first
+    process alone. It is told with `update`, or goes along with what is iterated `over`."""
+    first = int(os.environ.get("RANK", 0)) == 0
+    return tqdm(over, total=total, desc=what, unit=unit, leave=False, disable=None if first else True)
 
 
 class Tally:

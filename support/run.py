@@ -93,7 +93,7 @@ def play_or_restart(run, games, seed):
 
     def again():
         steps = args.group_size * most_steps(args.max_steps, games)
-        with progress("playing", steps, show=run.accelerator.is_main_process) as bar:
+        with progress("playing", steps) as bar:
             return play(run.engine, run.pool, run.chat, games, args.group_size, args.max_steps, args.max_context, seed,
                         args.show_actions, bar)
     try:

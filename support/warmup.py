@@ -9,7 +9,6 @@ starts. The KL's reference stays the policy before them (`--model`), so the KL i
 """
 
 import torch
-from tqdm import tqdm
 
 from classifier_loss import generative_loss, value_head_loss
 from games import levels
@@ -55,7 +54,7 @@ def supervise(model, optimizer, draw, question=None, value_head=None, updates=40
     """
     model.train()
     losses, generator = [], torch.Generator().manual_seed(seed)
-    for _ in tqdm(range(updates), desc="warm-up", leave=False, disable=None):
+    for _ in progress("warm-up", unit=" updates", over=range(updates)):
         batch, total = draw(generator), 0.0
         optimizer.zero_grad(set_to_none=True)
         for micro in micro_batches(batch.episodes, max_tokens):

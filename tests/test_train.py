@@ -154,7 +154,7 @@ def test_a_dead_engine_is_restarted_once_and_then_ends_the_run(monkeypatch):
     args = SimpleNamespace(engine="vllm", precision="float32", device="cpu", out="runs/x", group_size=2, max_steps=1,
                               max_context=9, show_actions=False)
     run = SimpleNamespace(args=args, engine=Engine(1), pool=None, chat=None, model=torch.nn.Linear(1, 1), folder="",
-                          engine_restarts=0, accelerator=SimpleNamespace(is_main_process=False))
+                          engine_restarts=0)
     monkeypatch.setattr(running, "gather_object", lambda found: found)
     assert running.play_or_restart(run, [], 0) == ("episodes", {}) and calls == []
     assert running.play_or_restart(run, [], 0) == ("episodes", {}) and calls == ["made", ("load", ["bias", "weight"])]
