@@ -32,7 +32,8 @@ EXPERIMENTS = {
     # That each credit rule learns; no claim is made from these.
     "credit": (f"{ALFWORLD} --classifier none", {
         "gigpo": "--credit gigpo", "hgpo": "--credit hgpo", "graphgpo": "--credit graphgpo", "adca": "--credit adca",
-        "epo": "--epo 0.001", "rlvmr": "--credit rlvmr --model policies/cache-tags"}, range(3)),
+        "epo": "--epo 0.001", "rlvmr": "--credit rlvmr --model policies/cache-tags",
+        "tags": "--credit grpo --model policies/cache-tags"}, range(3)),  # rlvmr's start (cold_start.py --tags), GRPO's credit
     # lambda and rate for the experiment proper, on training games and with seeds of their own.
     "tuning": (f"{ALFWORLD} --eval-games 0", {
         "none": "--classifier none", "none-constant": "--classifier none --lr-end 1",
