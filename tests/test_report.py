@@ -304,6 +304,7 @@ def test_readable_on_a_phone_in_both_schemes(view, scheme):
     metrics = [{"iteration": i, "success": 0.1 * i, **{flaw: 0.1 for flaw in FLAWS}} for i in range(5)]
     page = view([a_set("a name of a set " * 4, [long]), a_set("B", [long])], width=375, scheme=scheme, metrics=metrics,
                 facts={"out": "w" * 200}, compared="v" * 300)
+    assert page.query_selector("#summary td").bounding_box()["width"] > 90  # the task's name is not one letter wide
     for step in range(3):  # the list; an episode beside another; alone
         assert page.evaluate("document.documentElement.scrollWidth") == 375
         poor = page.evaluate("""() => {
