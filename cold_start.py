@@ -42,7 +42,7 @@ from games.pool import EnvPool
 from games.experts import FITS
 from support.flags import make_parser
 from support.language_models import model_folder
-from support.policies import (SHIPPED, add_tags, load_policy, make_chat, notes_of, save_policy, tiny_model,
+from support.policies import (SHIPPED, SIZES, add_tags, load_policy, make_chat, notes_of, save_policy, tiny_model,
                               train_tokenizer, trainable)
 from support.tags import thoughts
 from rollout import CORRECTIONS, NO_ACTION, QUESTION, VERDICTS, SYSTEM, ChatFormat, system_prompt
@@ -178,7 +178,7 @@ def main():
     flag("--games", default="auto", choices=["auto", "official", "generated"], help="ALFWorld's")
     flag("--task-types", nargs="+", help="these only; ScienceWorld: `short` for those of the default run")
     flag("--max-steps", type=int, help="longer expert episodes are left out (default: as train.py)")
-    flag("--copies", type=int, default=1, help="of each ScienceWorld episode, with other names for boxes, rooms, animals")
+    flag("--copies", type=int, default=1, help="of each episode, with other names for what is in it: teaches to read")
     flag("--brief", action="store_true", help="--init with a language model: teach it to play without the instructions, "
          "by the short prompt of our own policies")
     flag("--tags", action="store_true", help="each answer opens with one of RLVMR's tags: planning, explore, reflection, "
@@ -198,6 +198,7 @@ def main():
     flag("--critic-model", help="its name there")
 
     flag = group("how it learns")
+    flag("--size", default="0.5M", choices=list(SIZES), help="parameters of a policy made from random weights")
     flag("--epochs", type=int, default=3, help="passes over the episodes")
     flag("--batch", type=int, default=32, help="episodes per update")
     flag("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
@@ -257,7 +258,7 @@ def main():
                                        copies=args.copies, critic=critic, correct=args.correct)
         except NoCritic as error:
             sys.exit(f"cold_start.py: {error} the same command")
-    model = model or tiny_model(tokenizer, seed=args.seed).to(args.device)
+    model = model or tiny_model(tokenizer, **SIZES[args.size], seed=args.seed).to(args.device)
     print(f"{len(episodes)} episodes won by the expert in {len(games)} games and {time.time() - begin:.0f} s; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     torch.manual_seed(args.seed)

@@ -35,11 +35,18 @@ EXPERIMENTS = {
         "epo": "--epo 0.001", "rlvmr": "--credit rlvmr --model policies/cache-tags",
         "tags": "--credit grpo --model policies/cache-tags"}, range(3)),  # rlvmr's start (cold_start.py --tags), GRPO's credit
     # lambda and rate for the experiment proper, on training games and with seeds of their own.
-    "tuning": (f"{ALFWORLD} --eval-games 0", {
+    "tuning": (f"{ALFWORLD} --eval-games 0 --model policies/tiny-reads", {
         "none": "--classifier none", "none-constant": "--classifier none --lr-end 1",
         **{f"{form}-{coef}": f"--classifier {form} --classifier-coef {coef}"
            for form in ("value", "generative") for coef in (0.1, 0.3, 1.0, 3.0)}}, range(100, 102)),
+    # Does the classification loss help? Place a of experiments/README.md.
+    "classifier": (f"{ALFWORLD} --eval-games 0 --model policies/tiny-reads --coupling-every 16", {
+        "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca",
+        "stop-gradient": "--classifier value --control stop-gradient",
+        "shuffled": "--classifier value --control shuffled", "generative": "--classifier generative"}, range(8)),
 }
+# experiment -> flags of evaluate.py for what its runs begin and end with: more games than train.py plays by the way.
+ENDS = {"classifier": f"{ALFWORLD} --level L1 --count 1000"}
 # Of an iteration's line in metrics.jsonl, what a row keeps.
 KEPT = ("iteration", "success", "reward", "score", "steps", "inadmissible", "repeated", "no_effect", "malformed",
         "revisited", "kl", "entropy", "grad_norm", "grad_norm_grpo", "grad_norm_classifier", "seconds_play",
@@ -110,6 +117,32 @@ def commit():
     return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(git("status", "--porcelain", "-uno", "--", ".", ":!experiments/*.jsonl"))
 
 
+def evaluated(model, flags, path, workers=None):
+    """What evaluate.py says of a policy, by `flags`; kept at `path`, so that it is played once. None where it fails."""
+    if not os.path.exists(path):
+        partial = f"{path}.{os.getpid()}"
+        with open(partial, "w") as file:
+            done = subprocess.run([sys.executable, os.path.join(ROOT, "evaluate.py"), *shlex.split(flags), "--model", model,
+                                   "--json", *(["--workers", str(workers)] if workers else [])], stdout=file, cwd=ROOT)
+        if done.returncode:
+            os.remove(partial)
+            return None
+        os.replace(partial, path)
+    with open(path) as file:
+        return compact(json.load(file))
+
+
+def ends(experiment, folder, command, args):
+    """{"before": ..., "after": ...}: the experiment's own evaluation of a finished run; None where it fails."""
+    flags, start = ENDS[experiment], command[command.index("--model") + 1]
+    level = flags.split("--level ")[1].split()[0]
+    last = os.path.join(folder, sorted(name for name in os.listdir(folder) if name.startswith("checkpoint-"))[-1])
+    before = os.path.join(args.runs, experiment, f"start-{os.path.basename(start)}.json")
+    found = {"before": evaluated(start, flags, before, args.workers),
+             "after": evaluated(last, flags, os.path.join(folder, "end.json"), args.workers)}
+    return {when: {level: result} for when, result in found.items()} if all(found.values()) else None
+
+
 def do(experiment, arm, seed, args):
     """One run, begun or resumed; appends its row. Returns a line that says what became of it."""
     name = f"{experiment}/{arm}, seed {seed}"
@@ -136,6 +169,11 @@ def do(experiment, arm, seed, args):
                  cores=os.cpu_count(), threads=os.environ.get("OMP_NUM_THREADS"))
     if done.returncode or row is None:
         return f"{name}: FAILED, see {folder}/log.txt"
+    if experiment in ENDS:
+        found = ends(experiment, folder, command, args)
+        if not found:
+            return f"{name}: trained, but its evaluation FAILED"
+        row |= found
     append(args.results, row)
     return f"{name}: {row['minutes']} minutes, " + ", ".join(
         f"{level} {100 * result['success']:.1f}%" for level, result in row["after"].items())

@@ -11,6 +11,7 @@ from collections import defaultdict
 
 from tqdm import tqdm
 
+from games.experts import FITS
 from games.players import COLORS, EGGS, ROOMS, play_expert
 from rollout import Episode, Step, corrected, judge
 from support.corrections import obeyed, slips_of
@@ -37,6 +38,31 @@ def rename(rng, animals=True):
         other.update(zip(names, rng.sample(names, len(names))))
     box, name = "|".join(COLORS), "|".join(n for n in other if n not in COLORS)
     return lambda text: re.sub(rf"\b(?:({box})(?= box)|({name})\b)", lambda m: other[m[0]], text)
+
+
+TOOLS = ["desklamp", "floorlamp", "fridge", "microwave", "sinkbasin"]  # a task needs this one and no other
+OBJECTS = sorted(set().union(*FITS.values()) - set(TOOLS))
+RECEPTACLES = sorted(set(FITS) - set(OBJECTS) - set(TOOLS))
+
+
+def rename_house(rng):
+    """A function that gives an ALFWorld episode's objects and receptacles other names and other numbers, the same
+    throughout its texts; TOOLS, other numbers alone.
+
+    >>> say = rename_house(random.Random(3))
+    >>> say("On the desk 1, you see a mug 2, and a desklamp 1. Your task is to: put a clean mug in fridge.")
+    'On the cabinet 25, you see a butterknife 12, and a desklamp 13. Your task is to: put a clean butterknife in fridge.'
+    """
+    other = {}
+    for names in (OBJECTS, RECEPTACLES):
+        other.update(zip(names, rng.sample(names, len(names))))
+    numbers = defaultdict(lambda: [0] + rng.sample(range(1, 31), 30))  # of each kind; larger ones stay
+
+    def renamed(found):
+        name, number = found[1], int(found[2] or 0)
+        return other.get(name, name) + (f" {numbers[name][number] if number <= 30 else number}" if number else "")
+
+    return lambda text: re.sub(rf"\b({'|'.join([*other, *TOOLS])})\b(?: (\d+))?", renamed, text)
 
 
 def said(tag, thought, command):
@@ -89,8 +115,8 @@ def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, 
     episodes. Where `chat` is one with tags, each answer opens with one (support/tags.py). critic, correct: as
     in `won_games`.
 
-    copies: ScienceWorld has few variations, and a policy learns them by heart; of each episode so many copies
-    are made in which boxes, rooms and animals have other names. Then it must read what is meant.
+    copies: a policy learns by heart what is where and what there is at all; of each episode so many copies are
+    made in which things have other names (ScienceWorld: boxes, rooms and animals). Then it must read.
     """
     remembered = {}
 
@@ -109,7 +135,10 @@ def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, 
         chat.corrections = corrections
         openings = thoughts(game.env, turns) if chat.tags else [(None, "")] * len(turns)
         for copy in range(copies):
-            say = rename(rng, animals=game.task_type.startswith("find")) if copy else str
+            say = str
+            if copy:
+                say = (rename_house(rng) if game.env == "alfworld" else
+                       rename(rng, animals=game.task_type.startswith("find")))
             episode = Demonstration(game, len(episodes), won=True, reward=1.0, score=turns[-1][3].score,
                                     critiques=[(label, say(sentence)) for label, sentence in said_of])
             for i, (observation, command, *_) in enumerate(turns):
