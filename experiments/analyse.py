@@ -19,6 +19,7 @@ from scipy import stats
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from experiments.run import EXPERIMENTS, HERE, read_rows  # noqa: E402
+from support.coupling_report import combine, gaps, text  # noqa: E402
 
 FLAWS = (("inadmissible", "inadmissible"), ("repeated", "repeated"), ("no_effect", "without effect"))
 
@@ -86,6 +87,38 @@ def table(arms, wanted, baseline):
     return "\n".join(lines)
 
 
+def coupling_table(rows, experiment, baseline, kinds=("inadmissible", "repeated")):
+    """Markdown: leak, own correction and their ratio at the first and the last measurement of every arm, over seeds, and
+    what the last differs by from the baseline's, paired by seed (the same seed measures on the same games)."""
+    arms, iterations = {}, set()
+    for row in sorted((row for row in rows if row["experiment"] == experiment), key=lambda row: row["seed"]):
+        for one in row.get("coupling", []):
+            cells = {kind: {"leak": one[f"leak_plain_{kind}"], "own": one[f"own_plain_{kind}"]}
+                     for kind in kinds if f"leak_plain_{kind}" in one}
+            for cell in cells.values():
+                cell["net"] = cell["leak"] + cell["own"]
+            arms.setdefault(row["arm"], {}).setdefault(one["iteration"], {})[row["seed"]] = {"plain": cells}
+            iterations.add(one["iteration"])
+    if not arms:
+        return ""
+    names = ("leak", "own", "ratio")
+    lines = ["| flaw | arm | iteration | seeds | leak | own correction | ratio -leak / own |", "| --- | --- |" + " --- |" * 5]
+    line = lambda kind, arm, when, n, found: lines.append(
+        f"| {kind} | {arm} | {when} | {n} | " + " | ".join(text(*found[name], digits=2) for name in names) + " |")
+    for kind in kinds:
+        for arm, times in arms.items():
+            for when in sorted(when for when, seeds in times.items() if len(seeds) > 1):
+                line(kind, arm, when, len(times[when]), combine(list(times[when].values()), "plain", kind))
+        last = max(iterations)
+        for arm, times in arms.items():
+            if arm != baseline and last in times and last in arms.get(baseline, {}):
+                both = sorted(set(times[last]) & set(arms[baseline][last]))
+                found = gaps([arms[baseline][last][s] for s in both], [times[last][s] for s in both], "plain", kind)
+                if len(both) > 1 and found:
+                    line(kind, f"{arm} - {baseline}", last, f"{len(both)} pairs", found)
+    return "\n".join(lines)
+
+
 def draw(rows, experiment, arms, baseline, path):
     """Learning curves with bands, success of every seed, paired differences."""
     import matplotlib
@@ -150,6 +183,8 @@ def main():
     flaws = [o for o in ("coupled, training", *(f"{name}, L1 after" for _, name in FLAWS)) if o in known]
     print(f"{args.experiment}, % (each seed; mean ± half of the 95% t interval over seeds)\n\n"
           f"{table(arms, first, args.baseline)}\n\n{table(arms, flaws, args.baseline)}")
+    coupling = coupling_table(rows, args.experiment, args.baseline)
+    print(f"\nNats per unit step; 95% t intervals over seeds, of ratios by jackknife\n\n{coupling}" if coupling else "", end="\n")
     if args.out:
         try:
             draw(rows, args.experiment, arms, args.baseline, args.out)

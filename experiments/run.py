@@ -51,7 +51,8 @@ ENDS = {"classifier": f"{ALFWORLD} --level L1 --count 1000"}
 KEPT = ("iteration", "success", "reward", "score", "steps", "inadmissible", "repeated", "no_effect", "malformed",
         "revisited", "kl", "entropy", "grad_norm", "grad_norm_grpo", "grad_norm_classifier", "seconds_play",
         "seconds_update", "tokens")
-KEPT_PREFIXES = ("accuracy_", "probe", "coupling", "margin")
+KEPT_PREFIXES = ("accuracy_", "probe")
+COUPLING = ("leak_", "own_")  # of the iterations that --coupling-every measures, the start among them
 
 
 def command_of(experiment, arm, seed, workers=None):
@@ -91,9 +92,11 @@ def row_of(folder, **about):
         return None
     minutes = sum(row.get("seconds_play", 0) + row.get("seconds_update", 0) for row in rows) / 60
     keep = lambda row: {k: v for k, v in row.items() if k in KEPT or k.startswith(KEPT_PREFIXES)}
+    split = lambda row: {k: v for k, v in row.items() if k.startswith(COUPLING)}
     evaluations = lambda row: {k[5:]: compact(v) for k, v in row.items() if k.startswith("eval_")}
     return {**about, "minutes": round(minutes, 1), "before": evaluations(rows[0]) if rows[0]["iteration"] == 0 else {},
-            "after": evaluations(rows[-1]), "training": [keep(row) for row in rows if row["iteration"] > 0]}
+            "after": evaluations(rows[-1]), "training": [keep(row) for row in rows if row["iteration"] > 0],
+            "coupling": [{"iteration": row["iteration"]} | split(row) for row in rows if split(row)]}
 
 
 def read_rows(path):

@@ -75,3 +75,38 @@ def test_differences_are_paired_by_seed():
     assert mean == 2.5 and abs(half - 12.7062 * 0.5) < 1e-3  # t(0.975, 1) * (sqrt(0.5) / sqrt(2))
     text = analyse.table(arms, ["x"], "none")
     assert "| value - none | 2 pairs | 2.5 ± 6.4 |" in text and "10.0 / 30.0 / 99.0" in text
+
+
+def test_ratios_over_training_are_paired_by_seed():
+    def row(arm, seed, leak, own):
+        return {"experiment": "x", "arm": arm, "seed": seed,
+                "coupling": [{"iteration": when, "leak_plain_repeated": leak, "own_plain_repeated": own * (1 + when / 32),
+                              "leak_adam_repeated": 9.0, "own_adam_repeated": 9.0} for when in (0, 32)]}
+
+    rows = [row("none", 0, 0.1, -0.1), row("none", 1, 0.3, -0.2), row("value", 1, 0.2, -0.4), row("value", 0, 0.1, -0.1)]
+    text = analyse.coupling_table(rows, "x", "none", kinds=("repeated",))
+    assert "| repeated | none | 0 | 2 | +0.20 (-1.07, +1.47) | -0.15 (-0.79, +0.49) | +1.33" in text  # 0.2 / 0.15
+    assert "| repeated | value | 32 | 2 | +0.15" in text and "| value - none | 32 | 2 pairs | -0.05" in text
+    assert analyse.coupling_table([{"experiment": "x", "arm": "none", "seed": 0}], "x", "none") == ""
+
+
+def test_what_a_run_ends_with_is_evaluated_once(tmp_path, monkeypatch):
+    asked = []
+
+    def pretend(command, stdout, **_):
+        asked.append(command[2:])
+        model = command[command.index("--model") + 1]
+        won = {"start": [False, False], "run/checkpoint-000009": [False, True]}[model.removeprefix(f"{tmp_path}/")]
+        stdout.write(json.dumps({"success": sum(won) / 2, "played": {
+            name: {"won": w, "score": None, "steps": 2} for name, w in zip("ab", won)}}))
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(run.subprocess, "run", pretend)
+    monkeypatch.setitem(run.ENDS, "x", "--games generated --level L1 --count 2")
+    for name in ("run/checkpoint-000008", "run/checkpoint-000009", "x"):
+        os.makedirs(tmp_path / name)
+    args = type("Args", (), {"runs": str(tmp_path), "workers": 1})
+    for _ in range(2):
+        found = run.ends("x", str(tmp_path / "run"), ["--env", "alfworld", "--model", str(tmp_path / "start")], args)
+        assert found["before"]["L1"]["won_by_game"] == "00" and found["after"]["L1"]["won_by_game"] == "01"
+    assert len(asked) == 2 and asked[0][:4] == ["--games", "generated", "--level", "L1"]
