@@ -126,7 +126,7 @@ def parse_arguments():
     flags_as_trained(flag)
     flag = group("the run")
     flag("--batch", type=int, default=64, help="episodes played side by side")
-    flag("--micro-tokens", type=int, default=8192, help="padded tokens per forward pass: memory, never the "
+    flag("--micro-tokens", type=int, default=3072, help="padded tokens per forward pass: memory, never the "
          "result")
     flag("--workers", type=int, default=os.cpu_count(), help="environment processes")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
