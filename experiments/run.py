@@ -28,7 +28,7 @@ EXPERIMENTS = {
     # What README shows: the default run, GRPO alone beside it, and the other form of the classifier.
     "default": (ALFWORLD, {"none": "--classifier none", "value": "--classifier value",
                            "generative": "--classifier generative"}, range(3)),
-    "default-scienceworld": ("--env scienceworld", {"value": "--classifier value"}, range(3)),
+    "default-scienceworld": ("--env scienceworld", {"none": "--classifier none", "value": "--classifier value"}, range(3)),
     # That each credit rule learns; no claim is made from these.
     "credit": (f"{ALFWORLD} --classifier none", {
         "gigpo": "--credit gigpo", "hgpo": "--credit hgpo", "graphgpo": "--credit graphgpo", "adca": "--credit adca",
