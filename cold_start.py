@@ -1,10 +1,14 @@
 """The tiny policy and its supervised cold start on expert episodes.
 
     # the policy in the repository: first to see, then to act like a careless expert (27% of valid_unseen)
-    python cold_start.py --out policies/first --games generated --episodes 24000 --epochs 3 --stop-step 750
+    python cold_start.py --out policies/first --games generated --size 1M --episodes 24000 --epochs 3 --stop-step 750
     python cold_start.py --out policies/tiny --games generated --init policies/first --sloppy 0.5 --episodes 7000 --epochs 2 --lr 1.5e-3 --seed 1
+    # a smaller one that is taught to read, then careless: where experiments/README.md begins (17% of valid_unseen)
+    python cold_start.py --out policies/reads --games generated --episodes 10000 --copies 2 --epochs 2
+    python cold_start.py --out policies/tiny-reads --games generated --init policies/reads --sloppy 0.5 --episodes 3000 --copies 2 \
+        --epochs 1 --lr 1.5e-3 --seed 1
     # the one for ScienceWorld, in the same two steps, from the simulator's solutions of training variations
-    python cold_start.py --out policies/reader --env scienceworld --task-types short --copies 40 --epochs 2
+    python cold_start.py --out policies/reader --env scienceworld --size 1M --task-types short --copies 40 --epochs 2
     python cold_start.py --out policies/tiny-scienceworld --env scienceworld --task-types short --init policies/reader --sloppy 0.8 \
         --max-steps 30 --copies 14 --epochs 1 --lr 1e-3 --seed 1
     # for language models: the same with --init (experiments/smollm2_start.sh), or a dataset for any trainer
