@@ -29,9 +29,17 @@ def save(figure, path):
     os.replace(path + ".partial.png", path)
 
 
+def common(rows, rule):
+    """The kinds of step that make up 1% of a model's held-out flawed ones or more. What a rarer one does is
+    noise, whose intervals would set the scale."""
+    count = lambda kind: sum((row[rule].get(kind) or {}).get("steps", 0) for row in rows)
+    return [kind for kind in FLAW_COLORS if count(kind) >= 0.01 * count("flawed")]
+
+
 def draw_danger_zone(rows, path):
-    """Leak against own correction, a panel per rule, a colour per kind of flaw, a marker per model, 95%
-    intervals. On the diagonal the leak undoes the correction; above it the flaw grows. Faint: single draws.
+    """Leak against own correction, a panel per rule, a colour per `common` kind of flaw, a marker per model,
+    95% intervals. On the diagonal the leak undoes the correction; above it the flaw grows. Faint: single
+    draws.
     """
     models = list(dict.fromkeys(row["model"] for row in rows))
     rules = [rule for rule in ("plain", "adam") if rule in rows[0]]
@@ -41,7 +49,7 @@ def draw_danger_zone(rows, path):
         reach, points = [0.0], [0.0]  # of intervals; where there are none, of points
         for marker, model in zip(MARKERS * len(models), models):
             mine = [row for row in rows if row["model"] == model]
-            for kind, color in FLAW_COLORS.items():
+            for kind, color in ((kind, FLAW_COLORS[kind]) for kind in common(mine, rule)):
                 cells = combine(mine, rule, kind)
                 (leak, *leaks), (own, *owns) = cells["leak"], cells["own"]
                 if leak is None:
@@ -122,38 +130,33 @@ def draw_kernels(grams, path):
 
 
 def draw_fate(starts, path):
-    """The ratio at the start against what became of each flaw under RL: a point for each kind of flaw and
-    run.
+    """Leak + own correction at the start against what became of each flaw under RL: a point for each common
+    kind of flaw and run. (Not their ratio, which is none where nothing corrects a flaw: the edge of the
+    danger zone, ratio 1, is a sum of 0.)
 
     starts: [(name, rows of coupling.py of one model, folders of runs that began with it), ...]. Upwards: the
     flaw's share of all steps after training over that before, on the same games; below 1 it was unlearnt.
     """
     rules = [rule for rule in ("plain", "adam") if all(rule in rows[0] for _, rows, _ in starts)]
-    figure, axes = plt.subplots(1, len(rules), figsize=(6.2 * len(rules), 5), squeeze=False,
+    figure, axes = plt.subplots(1, len(rules), figsize=(6.8 * len(rules), 5), squeeze=False,
                                 constrained_layout=True)
     for axis, rule in zip(axes[0], rules):
         for marker, (name, rows, runs) in zip(MARKERS, starts):
             became = fates(runs)
-            for kind, color in ((kind, FLAW_COLORS[kind]) for kind in FLAWS):
-                cells = combine(rows, rule, kind)
-                ratio, low, high = cells["ratio"]
+            for kind in (kind for kind in FLAWS if kind in common(rows, rule)):
+                net, low, high = combine(rows, rule, kind)["net"]
                 grown = [after / before for before, after in (one[kind] for one in became.values()) if before]
-                if not grown or cells["leak"][0] is None:  # too rare for a draw or more
+                if not grown or net is None:  # too rare for a draw or more
                     continue
-                label = kind.replace("_", " ") + (f", {name}" if len(starts) > 1 else "")
-                if ratio is None or low is None and len(rows) > 1:  # a correction not told from none: no ratio
-                    axis.plot([0.03] * len(grown), grown, marker, color=color, markerfacecolor="none",
-                              transform=axis.get_yaxis_transform(), label=f"{label} (no ratio: nothing corrects it for sure)")
-                    continue
-                axis.plot([ratio] * len(grown), grown, marker, color=color, label=label)
+                label, color = kind.replace("_", " ") + (f", {name}" if len(starts) > 1 else ""), FLAW_COLORS[kind]
+                axis.plot([net] * len(grown), grown, marker, color=color, label=label, alpha=0.8)
                 if low is not None:
                     axis.plot([low, high], [sum(grown) / len(grown)] * 2, color=color, linewidth=1)
-        axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
-        axis.axvline(1, color="k", linewidth=1)
+        axis.axvline(0, color="k", linewidth=1)
         axis.axhline(1, color="k", linewidth=0.5)
-        axis.set(title={"plain": "plain gradient", "adam": "through Adam"}[rule],
-                 xlabel="-leak / own at the start, 95% interval (right of the line: danger zone)",
-                 ylabel="share of steps, after / before RL")
+        axis.set(title={"plain": "plain gradient", "adam": "through Adam"}[rule], ylim=(0, None),
+                 xlabel="leak + own correction at the start, nats per unit step, 95% interval\n"
+                 "(right of the line: danger zone)", ylabel="share of steps, after / before RL (a point a run)")
         axis.legend(fontsize=8)
     save(figure, path)
 
@@ -193,7 +196,7 @@ def main():
     parser = argparse.ArgumentParser(description="Pictures from the rows of coupling.py.")
     parser.add_argument("results", nargs="+", help="results.jsonl of one measurement or several; or "
                         "kernel.jsonl: kernel and representation from checkpoint to checkpoint")
-    parser.add_argument("--after", action="append", nargs="+", metavar="RUN", help="draw the ratio against "
+    parser.add_argument("--after", action="append", nargs="+", metavar="RUN", help="draw leak + own against "
                         "what became of each flaw: the runs of train.py that began with the policy of the "
                         "first file; again for the second, and so on")
     parser.add_argument("--out", default="danger_zone.png", help="picture to write")
