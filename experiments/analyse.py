@@ -1,7 +1,8 @@
 """Tables and pictures of an experiment, from results.jsonl alone.
 
     python experiments/analyse.py default                                 # the tables, as Markdown
-    python experiments/analyse.py default --out docs/default-runs.png     # and the picture
+    python experiments/analyse.py default --out docs/default-runs.png     # and the picture (of leak and own correction, too:
+                                                                          # ...-coupling.png)
 
 Seeds are the unit: means over seeds with t intervals, every seed shown; differences to the baseline are paired by seed, since
 the same seed plays the same games in every arm. Games are never pooled over seeds as if they were independent.
@@ -21,6 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from experiments.run import EXPERIMENTS, HERE, read_rows  # noqa: E402
 from support.coupling_report import combine, gaps, text  # noqa: E402
 
+ARM_COLORS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 FLAWS = (("inadmissible", "inadmissible"), ("repeated", "repeated"), ("no_effect", "without effect"))
 
 
@@ -87,10 +89,9 @@ def table(arms, wanted, baseline):
     return "\n".join(lines)
 
 
-def coupling_table(rows, experiment, baseline, kinds=("inadmissible", "repeated")):
-    """Markdown: leak, own correction and their ratio at the first and the last measurement of every arm, over seeds, and
-    what the last differs by from the baseline's, paired by seed (the same seed measures on the same games)."""
-    arms, iterations = {}, set()
+def splits(rows, experiment, kinds):
+    """{arm: {iteration: {seed: {"plain": {kind: {"leak", "own", "net"}}}}}} of what the runs measured on the way."""
+    arms = {}
     for row in sorted((row for row in rows if row["experiment"] == experiment), key=lambda row: row["seed"]):
         for one in row.get("coupling", []):
             cells = {kind: {"leak": one[f"leak_plain_{kind}"], "own": one[f"own_plain_{kind}"]}
@@ -98,10 +99,17 @@ def coupling_table(rows, experiment, baseline, kinds=("inadmissible", "repeated"
             for cell in cells.values():
                 cell["net"] = cell["leak"] + cell["own"]
             arms.setdefault(row["arm"], {}).setdefault(one["iteration"], {})[row["seed"]] = {"plain": cells}
-            iterations.add(one["iteration"])
+    order = EXPERIMENTS[experiment][1] if experiment in EXPERIMENTS else arms
+    return {arm: arms[arm] for arm in order if arm in arms}
+
+
+def coupling_table(rows, experiment, baseline, kinds=("inadmissible", "repeated")):
+    """Markdown: leak, own correction and their ratio at every measurement of every arm, over seeds, and what the last differs
+    by from the baseline's, paired by seed (the same seed measures on the same games)."""
+    arms = splits(rows, experiment, kinds)
     if not arms:
         return ""
-    names = ("leak", "own", "ratio")
+    names, last = ("leak", "own", "ratio"), max(when for times in arms.values() for when in times)
     lines = ["| flaw | arm | iteration | seeds | leak | own correction | ratio -leak / own |", "| --- | --- |" + " --- |" * 5]
     line = lambda kind, arm, when, n, found: lines.append(
         f"| {kind} | {arm} | {when} | {n} | " + " | ".join(text(*found[name], digits=2) for name in names) + " |")
@@ -109,7 +117,6 @@ def coupling_table(rows, experiment, baseline, kinds=("inadmissible", "repeated"
         for arm, times in arms.items():
             for when in sorted(when for when, seeds in times.items() if len(seeds) > 1):
                 line(kind, arm, when, len(times[when]), combine(list(times[when].values()), "plain", kind))
-        last = max(iterations)
         for arm, times in arms.items():
             if arm != baseline and last in times and last in arms.get(baseline, {}):
                 both = sorted(set(times[last]) & set(arms[baseline][last]))
@@ -119,12 +126,36 @@ def coupling_table(rows, experiment, baseline, kinds=("inadmissible", "repeated"
     return "\n".join(lines)
 
 
+def draw_coupling(rows, experiment, path, kinds=("inadmissible", "repeated")):
+    """Leak and own correction over training, a panel a kind of flaw, a colour an arm: means over seeds, bars 95% t."""
+    import matplotlib
+    matplotlib.use("Agg")  # no display needed
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 4.3), constrained_layout=True, sharey=True)
+    for axis, kind in zip(axes, kinds):
+        for k, (arm, times) in enumerate(splits(rows, experiment, kinds).items()):
+            for name, mark, style in (("leak", "o", "-"), ("own", "s", "--")):
+                shown = [(when, *mean_and_half([cell["plain"][kind][name] for cell in seeds.values() if kind in cell["plain"]]))
+                         for when, seeds in sorted(times.items())]
+                at, mean, half = zip(*shown)
+                sign = 1 if name == "leak" else -1
+                axis.errorbar([when + 0.4 * k for when in at], [sign * m for m in mean], numpy.nan_to_num(half), marker=mark,
+                              ls=style, capsize=3, color=ARM_COLORS[k % 7], ms=5,
+                              label=f"{arm}: " + ("leak" if name == "leak" else "own correction (how far it lowers)"))
+        axis.axhline(0, color="grey", lw=0.8)
+        axis.set(xlabel="iteration", title=kind)
+    axes[0].set_ylabel("nats per unit step; where the full line is\nabove the broken one: danger zone")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def draw(rows, experiment, arms, baseline, path):
     """Learning curves with bands, success of every seed, paired differences."""
     import matplotlib
     matplotlib.use("Agg")  # no display needed
     import matplotlib.pyplot as plt
-    colors, marks = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"], "osv^Dx*"
+    colors, marks = ARM_COLORS, "osv^Dx*"
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.3), constrained_layout=True)
     level = next((name for name in ("L1", "L2", "L0") if all(f"{name} after" in f for a in arms.values() for f in a.values())), None)
     for k, (arm, seeds) in enumerate(arms.items()):
@@ -188,6 +219,8 @@ def main():
     if args.out:
         try:
             draw(rows, args.experiment, arms, args.baseline, args.out)
+            if coupling:
+                draw_coupling(rows, args.experiment, "-coupling".join(os.path.splitext(args.out)))
         except (OSError, ValueError) as error:
             sys.exit(f"analyse.py: --out {args.out}: {error}")
 
