@@ -3,6 +3,7 @@
     python -m support.bench                 # everything, some 5 minutes on two cores
     python -m support.bench --only envs     # the environments against stock ALFWorld and ScienceWorld
     python -m support.bench --only models   # a language model plays and learns (support/bench_models.py)
+    python -m support.bench --only sizes    # the shape of a tiny policy (support/bench_sizes.py)
 
 Nothing here is asserted anywhere: it is measured, printed, and quoted in README.md with the machine it ran on.
 """
@@ -352,7 +353,7 @@ def bench_memory(counts=(256, 512)):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measure speeds as ratios.")
-    parser.add_argument("--only", choices=["envs", "loop", "engines", "models", "memory"],
+    parser.add_argument("--only", choices=["envs", "loop", "engines", "models", "sizes", "memory"],
                         help="one part alone")
     parser.add_argument("--model", help="policy for the loop (default: the tiny one), for models (smollm2)")
     parser.add_argument("--precision", default="bfloat16", choices=["float32", "bfloat16"], help="for models")
@@ -372,5 +373,8 @@ if __name__ == "__main__":
         if args.only == "models":  # alone, since SmolLM2 is not everywhere
             from support.bench_models import bench_models
             bench_models(args.model or "smollm2", args.precision, args.lora_rank)
+        if args.only in (None, "sizes"):
+            from support.bench_sizes import bench_sizes
+            bench_sizes()
         if args.only in (None, "memory"):
             bench_memory()
