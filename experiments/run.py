@@ -46,7 +46,7 @@ EXPERIMENTS = {
         "shuffled": "--classifier value --control shuffled", "generative": "--classifier generative"}, range(8)),
 }
 # experiment -> flags of evaluate.py for what its runs begin and end with: more games than train.py plays by the way.
-ENDS = {"classifier": f"{ALFWORLD} --level L1 --count 1000"}
+ENDS = {"classifier": f"{ALFWORLD} --level L1 --count 400"}
 # Of an iteration's line in metrics.jsonl, what a row keeps.
 KEPT = ("iteration", "success", "reward", "score", "steps", "inadmissible", "repeated", "no_effect", "malformed",
         "revisited", "kl", "entropy", "grad_norm", "grad_norm_grpo", "grad_norm_classifier", "seconds_play",

@@ -286,71 +286,6 @@ def bench_engines(model_folder, tasks=16, group=8):
     print(f"  vLLM / PyTorch {speeds['vLLM'] / speeds['PyTorch']:.2f}")
 
 
-# ----------------------------------------------------------------------------------------------------------- memory
-
-SHAPES = {  # hidden, feed-forward, layers, heads, key-value heads, vocabulary, tied: of Qwen2.5-Instruct
-    "1.5B": (1536, 8960, 28, 12, 2, 151_936, True), "7B": (3584, 18_944, 28, 28, 4, 152_064, False)}
-
-
-def bench_memory(counts=(256, 512)):
-    """What a forward pass keeps for the backward pass, in bytes per token, and with the number of parameters what fits.
-
-    Counted on one and two layers of the real shape (random weights, bfloat16 arithmetic) at two numbers of tokens: the
-    slope is what a token costs a layer; what does not grow (autocast's copies of the weights) drops out.
-    """
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from support.policies import add_lora, compute_in_bfloat16
-
-    def build(shape, layers, lora):
-        hidden, wide, _, heads, kv_heads, *_ = shape
-        model = Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=1024, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, tie_word_embeddings=False)).to(torch.bfloat16 if lora else torch.float32)
-        return add_lora(model, 32) if lora else model
-
-    def kept(model, tokens):
-        """Bytes of all tensors that autograd saves in a forward pass."""
-        seen = {}
-
-        def pack(x):
-            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            out = model.get_decoder()(input_ids=torch.zeros(1, tokens, dtype=torch.long)).last_hidden_state
-        return sum(seen.values()) + 0 * out.numel()  # alive until here, so that no storage's address is used twice
-
-    print(f"\nmemory of an update, counted at {counts} tokens; AdamW in float32, micro-batches of 8,192 tokens")
-    for name, shape in SHAPES.items():
-        hidden, _, layers, _, _, vocabulary, tied = shape
-        for lora in (False, True):
-            per_token, parameters, trained = {}, {}, {}
-            for n in (1, 2):
-                model = build(shape, n, lora)
-                parameters[n] = sum(p.numel() for p in model.parameters())
-                trained[n] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-                compute_in_bfloat16(model)
-                model.train()
-                few, many = (kept(model, tokens) for tokens in counts)
-                per_token[n] = (many - few) / (counts[1] - counts[0])
-                del model
-            total = layers * (parameters[2] - parameters[1]) + (1 if tied else 2) * vocabulary * hidden
-            learnt = layers * (trained[2] - trained[1]) if lora else total
-            layer = per_token[2] - per_token[1]
-            # Trained weights: 16 bytes (weight, gradient, two moments), and autocast's copy of 2; frozen ones: 2, which
-            # without LoRA are the reference policy of the KL term (with LoRA that is the same model, adapters off).
-            fixed = 2 * total + (16 if lora else 18) * learnt
-            logits = 4 * 4 * 2**24  # token_logprobs: a chunk, its gradient, two in passing
-            whole = fixed + logits + 8192 * layers * layer
-            # Checkpointing keeps each layer's input (2 or 4 bytes a number) and one layer's activations at a time.
-            again = fixed + logits + 8192 * (layers * hidden * (2 if lora else 4) + layer)
-            print(f"  {name:4} {'LoRA 32' if lora else 'full   '}  {total / 1e9:.2f}e9 parameters, {learnt / 1e6:6,.0f}e6 trained: "
-                  f"fixed {fixed / 1e9:5.1f} GB, {layer / 1e3:4.0f} kB per token and layer; together {whole / 1e9:.0f} GB, "
-                  f"with checkpointing {again / 1e9:.0f} GB")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measure speeds as ratios.")
     parser.add_argument("--only", choices=["envs", "loop", "engines", "models", "sizes", "memory"],
@@ -377,4 +312,5 @@ if __name__ == "__main__":
             from support.bench_sizes import bench_sizes
             bench_sizes()
         if args.only in (None, "memory"):
+            from support.bench_models import bench_memory
             bench_memory()

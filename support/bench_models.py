@@ -5,6 +5,8 @@
 As tokens per second, and as a share of what the same cores reach in the model's own matrix products: what is
 missing to 100% is attention, everything between the products, Python, and matrices of too few rows (while
 answers are written, as many as there are conversations).
+
+`--only memory` counts what an update of larger ones needs.
 """
 
 import os
@@ -12,6 +14,7 @@ import time
 from types import SimpleNamespace
 
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from games import levels
 from games.pool import EnvPool
@@ -19,7 +22,7 @@ from rollout import play
 from support.batches import lay_out
 from support.labels import LABELS
 from support.language_models import model_folder
-from support.policies import make_chat, trainable
+from support.policies import add_lora, compute_in_bfloat16, make_chat, trainable
 from support.setup import make_engine
 
 
@@ -96,3 +99,63 @@ def bench_models(name="smollm2", precision="bfloat16", lora_rank=16, tasks=3, gr
         print(f"  {what:9} {seconds:7.1f} s {count / seconds:9,.0f} {each:16}   "
               f"{100 * work / seconds / speed:5.1f}% of the matrix products' speed")
     print(f"  an iteration {play_seconds + update_seconds:.1f} s, environments {report['env']:.1f} s of them")
+
+
+# ----------------------------------------------------------------------------------------------------------- memory
+
+SHAPES = {  # hidden, feed-forward, layers, heads, key-value heads, vocabulary, tied: of Qwen2.5-Instruct
+    "1.5B": (1536, 8960, 28, 12, 2, 151_936, True), "7B": (3584, 18_944, 28, 28, 4, 152_064, False)}
+
+
+def bench_memory(counts=(256, 512)):
+    """What a forward pass keeps for the backward pass, in bytes per token, and with the number of parameters what fits.
+
+    Counted on one and two layers of the real shape (random weights, bfloat16 arithmetic) at two numbers of tokens: the
+    slope is what a token costs a layer; what does not grow (autocast's copies of the weights) drops out.
+    """
+    def build(shape, layers, lora):
+        hidden, wide, _, heads, kv_heads, *_ = shape
+        model = Qwen2ForCausalLM(Qwen2Config(
+            vocab_size=1024, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, tie_word_embeddings=False)).to(torch.bfloat16 if lora else torch.float32)
+        return add_lora(model, 32) if lora else model
+
+    def kept(model, tokens):
+        """Bytes of all tensors that autograd saves in a forward pass."""
+        seen = {}
+
+        def pack(x):
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = model.get_decoder()(input_ids=torch.zeros(1, tokens, dtype=torch.long)).last_hidden_state
+        return sum(seen.values()) + 0 * out.numel()  # alive until here, so that no storage's address is used twice
+
+    print(f"\nmemory of an update, counted at {counts} tokens; AdamW in float32, micro-batches of 8,192 tokens")
+    for name, shape in SHAPES.items():
+        hidden, _, layers, _, _, vocabulary, tied = shape
+        for lora in (False, True):
+            per_token, parameters, trained = {}, {}, {}
+            for n in (1, 2):
+                model = build(shape, n, lora)
+                parameters[n] = sum(p.numel() for p in model.parameters())
+                trained[n] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                compute_in_bfloat16(model)
+                model.train()
+                few, many = (kept(model, tokens) for tokens in counts)
+                per_token[n] = (many - few) / (counts[1] - counts[0])
+                del model
+            total = layers * (parameters[2] - parameters[1]) + (1 if tied else 2) * vocabulary * hidden
+            learnt = layers * (trained[2] - trained[1]) if lora else total
+            layer = per_token[2] - per_token[1]
+            # Trained weights: 16 bytes (weight, gradient, two moments), and autocast's copy of 2; frozen ones: 2, which
+            # without LoRA are the reference policy of the KL term (with LoRA that is the same model, adapters off).
+            fixed = 2 * total + (16 if lora else 18) * learnt
+            logits = 4 * 4 * 2**24  # token_logprobs: a chunk, its gradient, two in passing
+            whole = fixed + logits + 8192 * layers * layer
+            # Checkpointing keeps each layer's input (2 or 4 bytes a number) and one layer's activations at a time.
+            again = fixed + logits + 8192 * (layers * hidden * (2 if lora else 4) + layer)
+            print(f"  {name:4} {'LoRA 32' if lora else 'full   '}  {total / 1e9:.2f}e9 parameters, {learnt / 1e6:6,.0f}e6 trained: "
+                  f"fixed {fixed / 1e9:5.1f} GB, {layer / 1e3:4.0f} kB per token and layer; together {whole / 1e9:.0f} GB, "
+                  f"with checkpointing {again / 1e9:.0f} GB")
