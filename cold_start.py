@@ -140,7 +140,8 @@ def make_cold_start(args, games, pool):
     trained here is cached and found by the next run. `games`: the level's training games; no other game is ever shown.
     """
     here = os.path.dirname(os.path.abspath(__file__))
-    shipped = os.path.join(here, "policies", SHIPPED[args.env])
+    start = "tiny" if args.games == "official" else SHIPPED[args.env]  # with which official games were measured
+    shipped = os.path.join(here, "policies", start)
     # ALFWorld's was trained on all six task types, ScienceWorld's on none that is held out.
     may_use = os.path.isdir(shipped) and (args.level != "L2" if args.env == "alfworld" else args.task_types == ["short"])
     if args.cold_start == "auto" and args.games != "official" and may_use:

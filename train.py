@@ -1,6 +1,6 @@
 """GRPO with the good/bad classifier (GCD) on text games, the whole loop.
 
-    python train.py --env alfworld                        # laptop, no GPU, no data: 13 to 20 minutes
+    python train.py --env alfworld                        # laptop, no GPU, no data: some 10 minutes
     python train.py --env alfworld --classifier none      # GRPO alone, the baseline
     python train.py --env alfworld --games official       # ALFWorld's own games (set ALFWORLD_DATA)
     python train.py --env alfworld --model Qwen/Qwen2.5-1.5B-Instruct --lr 1e-6
@@ -43,7 +43,7 @@ from support.corrections import correct
 from support.critic import NoCritic
 from support.flags import make_parser
 from support.labels import LABELS
-from support.logs import Tally, progress
+from support.logs import Tally, flaw_advantages, progress
 from support.policies import sync
 from support.processes import add_up, clip_gradients, is_sharded, own_share
 from support.run import (collect_episodes, compare_engine, finish_iteration, gradient_norms_apart, prepare,
@@ -101,7 +101,8 @@ def train(args, run):
         # 7. Log, save, evaluate at the end.
         now = time.perf_counter()
         row = {"groups_without_signal": 1.0 - signal.float().mean().item(), "seconds_play": played - clock,
-               "seconds_update": now - played, **correct(run, episodes)}  # what the next prompts say
+               "seconds_update": now - played, **flaw_advantages(episodes, batch.advantages),
+               **correct(run, episodes)}  # what the next prompts say
         left = (time.time() - begin) / (iteration - run.done) * (args.iterations - iteration) / 60
         finish_iteration(run, iteration, episodes, report, sums, row, minutes_left=left)
 
@@ -259,7 +260,7 @@ def parse_arguments():
 
     flag = group("who plays")
     flag("--cold-start", default="auto", choices=["auto", "train", "none"],
-         help="of `tiny`; auto: policies/tiny, trained on for official games; none: random weights")
+         help="of `tiny`; auto: the one in policies/, trained on for official games; none: random weights")
     flag("--cold-start-episodes", type=int, default=1500, help="expert games, where one is trained")
     flag("--engine", default="auto", choices=["auto", "torch", "vllm"],
          help="who samples; auto: vLLM where it is installed and there is a GPU")

@@ -49,6 +49,9 @@ def outcomes(row):
             found[f"{level} {when}"] = 100 * result["success"]
             for key, name in FLAWS:
                 found[f"{name}, {level} {when}"] = 100 * result[key]
+    for level in set(row["before"]) & set(row["after"]):
+        coupled = lambda when: sum(found[f"{name}, {level} {when}"] for name in ("inadmissible", "repeated"))
+        found[f"coupled, {level} after - before"] = coupled("after") - coupled("before")
     return found
 
 
@@ -211,7 +214,8 @@ def main():
         sys.exit(f"analyse.py: no rows of {args.experiment} in {args.results}: python experiments/run.py {args.experiment}")
     known = {outcome for seeds in arms.values() for found in seeds.values() for outcome in found}
     first = [o for o in ("L1 before", "L1 after", "L2 before", "L2 after", "L0 after", "success, training") if o in known]
-    flaws = [o for o in ("coupled, training", *(f"{name}, L1 after" for _, name in FLAWS)) if o in known]
+    flaws = ["coupled, training", "coupled, L1 after - before"] + [f"{name}, L1 {when}" for _, name in FLAWS for when in ("before", "after")]
+    flaws = [o for o in flaws if o in known]
     print(f"{args.experiment}, % (each seed; mean ± half of the 95% t interval over seeds)\n\n"
           f"{table(arms, first, args.baseline)}\n\n{table(arms, flaws, args.baseline)}")
     coupling = coupling_table(rows, args.experiment, args.baseline)

@@ -25,14 +25,14 @@ ALFWORLD = "--env alfworld --games generated"
 
 # experiment -> (flags of all its runs, {arm: flags of its own}, seeds)
 EXPERIMENTS = {
-    # What README shows: the default run, GRPO alone beside it, and the other form of the classifier.
-    "default": (ALFWORLD, {"none": "--classifier none", "value": "--classifier value",
-                           "generative": "--classifier generative"}, range(3)),
+    # The larger start, which was the default's until 2026-11-22: GRPO alone and both forms of the classifier.
+    "default": (f"{ALFWORLD} --model policies/tiny", {
+        "none": "--classifier none", "value": "--classifier value", "generative": "--classifier generative"}, range(3)),
     "default-scienceworld": ("--env scienceworld", {"none": "--classifier none", "value": "--classifier value"}, range(3)),
     # That each credit rule learns; no claim is made from these.
     "credit": (f"{ALFWORLD} --classifier none", {
-        "gigpo": "--credit gigpo", "hgpo": "--credit hgpo", "graphgpo": "--credit graphgpo", "adca": "--credit adca",
-        "epo": "--epo 0.001", "rlvmr": "--credit rlvmr --model policies/cache-tags",
+        **{rule: f"--credit {rule} --model policies/tiny" for rule in ("gigpo", "hgpo", "graphgpo", "adca")},
+        "epo": "--epo 0.001 --model policies/tiny", "rlvmr": "--credit rlvmr --model policies/cache-tags",
         "tags": "--credit grpo --model policies/cache-tags"}, range(3)),  # rlvmr's start (cold_start.py --tags), GRPO's credit
     # lambda and rate for the experiment proper, on training games and with seeds of their own.
     "tuning": (f"{ALFWORLD} --eval-games 0 --model policies/tiny-reads", {
@@ -51,7 +51,7 @@ ENDS = {"classifier": f"{ALFWORLD} --level L1 --count 400"}
 KEPT = ("iteration", "success", "reward", "score", "steps", "inadmissible", "repeated", "no_effect", "malformed",
         "revisited", "kl", "entropy", "grad_norm", "grad_norm_grpo", "grad_norm_classifier", "seconds_play",
         "seconds_update", "tokens")
-KEPT_PREFIXES = ("accuracy_", "probe")
+KEPT_PREFIXES = ("accuracy_", "advantage_", "probe")
 COUPLING = ("leak_", "own_")  # of the iterations that --coupling-every measures, the start among them
 
 

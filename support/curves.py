@@ -38,6 +38,8 @@ def draw(folders, out, names=None):
         ("success", [("success", "training games")]),
         ("flawed actions, share of steps", [("inadmissible", "inadmissible"), ("repeated", "repeated"),
                                             ("no_effect", "without effect"), ("malformed", "malformed")]),
+        ("mean advantage: below 0 reward punishes", [("advantage_inadmissible", "inadmissible"), ("advantage_repeated", "repeated"),
+                                                    ("advantage_flawed", "all flawed"), ("advantage_unflawed", "unflawed")]),
         ("classifier: accuracy by class and outcome",
          [(f"accuracy_{form}_{label}_{outcome}", f"{name}, {label} steps of {outcome} episodes")
           for form, name in (("value", "head"), ("generative", "words"))
@@ -52,6 +54,7 @@ def draw(folders, out, names=None):
                   for part, name in (("leak", "leak"), ("own", "own correction"))])
                 for rule, named in (("plain", "plain gradient"), ("adam", "through Adam"))]
     panels += [panel for panel in watched if there & {key for key, _ in panel[1]}]
+    panels = [panel for panel in panels if there & {key for key, _ in panel[1]} or not panel[0].startswith("mean advantage")]
     count = -(-len(panels) // 2)
     figure, axes = plt.subplots(count, 2, figsize=(11, 3.75 * count), constrained_layout=True)
     for axis, (title, lines) in zip(axes.flat, panels):
@@ -62,7 +65,7 @@ def draw(folders, out, names=None):
                 points = [(row["iteration"], row[key]) for row in rows if key in row]
                 if points:
                     xs, ys = zip(*points)
-                    color = FLAW_COLORS.get(key, COLORS[k % 7]) if len(folders) == 1 else COLORS[k % 7]
+                    color = FLAW_COLORS.get(key.removeprefix("advantage_"), COLORS[k % 7]) if len(folders) == 1 else COLORS[k % 7]
                     axis.plot(xs, ys, color=color, alpha=0.25, linewidth=0.8)
                     ys = ys if title.startswith("held-out") else smooth(ys)  # few points
                     axis.plot(xs, ys, color=color, linestyle=STYLES[k % 7], label=prefix + label)
@@ -77,7 +80,7 @@ def draw(folders, out, names=None):
                                       label=f"{prefix}{split}, 95% interval", markersize=5)
                         k += 1
         axis.set(title=title, xlabel="iteration")
-        if title.startswith(("probes", "held-out")):  # of either sign
+        if title.startswith(("probes", "held-out", "mean advantage")):  # of either sign
             axis.axhline(0, color="k", linewidth=0.5)
         else:
             axis.set_ylim(bottom=0)

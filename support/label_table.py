@@ -1,6 +1,6 @@
 """Which labels agree with the oracle, and which credit rules punish what it calls bad? On one set of real episodes.
 
-    python -m support.label_table                                           # ALFWorld: generated houses, policies/tiny
+    python -m support.label_table                                           # ALFWorld: generated houses
     python -m support.label_table --env scienceworld --out experiments/label_table-scienceworld.json
     python -m support.label_table --games official --model runs/.../checkpoint-000032
 

@@ -21,7 +21,6 @@ from games.pool import EnvPool
 from grpo import group_advantages, grpo_loss
 from rollout import FLAWS, play
 from support.batches import lay_out
-from support.policies import SHIPPED
 from support.report import run_of, value_head_of
 from support.setup import PLAYED, player
 from train import weigh
@@ -151,7 +150,7 @@ def page(episodes, chat, model, command, head=None, layer=-1, coef=0.3):
 
 def main():
     parser = argparse.ArgumentParser(description="One episode, from text to loss.")
-    parser.add_argument("--model", default=os.path.join("policies", SHIPPED["alfworld"]), help="Hugging Face folder")
+    parser.add_argument("--model", default=os.path.join("policies", "tiny"), help="Hugging Face folder")
     parser.add_argument("--seed", type=int, default=0, help="of the first game that is tried, and of sampling")
     parser.add_argument("--out", help="file to write (default: the screen)")
     args = parser.parse_args()

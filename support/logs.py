@@ -55,6 +55,18 @@ def metrics_of(episodes, parts):
     return found
 
 
+def flaw_advantages(episodes, advantages):
+    """Mean advantage of the steps with each flaw, of all flawed ones and of the others: the claim that reward punishes
+    flaws in expectation, E[1{flawed} A] <= 0, in this iteration. Kinds that nobody showed are left out.
+
+    advantages: (S,) of the steps, laid end to end.
+    """
+    steps = [step for episode in episodes for step in episode.steps]
+    kinds = {name: [getattr(step, name) for step in steps] for name in (*FLAWS, "flawed")}
+    kinds["unflawed"] = [not step.flawed for step in steps]
+    return {f"advantage_{name}": advantages[there].mean().item() for name, there in kinds.items() if any(there)}
+
+
 def line_of(row):
     """The one line an iteration prints."""
     return (f"success {row['success']:.2f}  reward {row['reward']:.2f}  loss {row['loss']:+.4f}  inadmissible "

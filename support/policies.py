@@ -16,7 +16,7 @@ from actor import attention_masks, output_logits
 from rollout import TAGS, ChatFormat, system_prompt
 from support.processes import shard, whole
 
-SHIPPED = {"alfworld": "tiny", "scienceworld": "tiny-scienceworld"}  # policies in the repository, of each environment
+SHIPPED = {"alfworld": "tiny-reads", "scienceworld": "tiny-scienceworld"}  # where the default runs start
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKS = ["<action>", "</action>", "<think>", "</think>"]
 TAG_MARKS = [mark for tag in TAGS for mark in (f"<{tag}>", f"</{tag}>")]  # where RLVMR's tags are taught

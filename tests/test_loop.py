@@ -13,7 +13,7 @@ from rollout import Episode, Step
 from support import run as support_run
 from support import warmup
 from support.batches import deal, lay_out
-from support.logs import Tally, metrics_of
+from support.logs import Tally, flaw_advantages, metrics_of
 
 
 def handmade(counts, groups=None):
@@ -66,6 +66,17 @@ def test_answers_are_counted_in_their_own_cell():
     assert {k: v for k, v in found.items() if k.startswith(("count", "accuracy"))} == {
         "count_value_good_won": 2, "accuracy_value_good_won": 0.5, "count_value_bad_lost": 1, "accuracy_value_bad_lost": 1.0,
         "count_value_bad_won": 1, "accuracy_value_bad_won": 0.0}
+
+
+def test_the_mean_advantage_of_each_flaw():
+    """Won: a repeated step and a clean one; lost: one that is repeated and inadmissible, and a clean one."""
+    episodes = handmade([(1, 1, True), (1, 1, False)])
+    for episode, steps in zip(episodes, ([("repeated",), ()], [("repeated", "inadmissible"), ()])):
+        for step, flaws in zip(episode.steps, steps):
+            for name in ("malformed", "inadmissible", "no_effect", "repeated", "revisited"):
+                setattr(step, name, name in flaws)
+    found = flaw_advantages(episodes, torch.tensor([1.0, 2.0, -4.0, -3.0]))
+    assert found == {"advantage_repeated": -1.5, "advantage_inadmissible": -4.0, "advantage_flawed": -1.5, "advantage_unflawed": -0.5}
 
 
 def test_an_optimizer_step_has_whole_groups():
