@@ -69,9 +69,9 @@ def paired(arm, baseline, outcome):
             if outcome in arm[seed] and outcome in baseline[seed]]
 
 
-def shown(mean, half):
+def shown(mean, half, digits=1):
     """`52.5 ± 5.2`, without the half width where there is but one seed."""
-    return f"{mean:.1f}" + ("" if numpy.isnan(half) else f" ± {half:.1f}")
+    return f"{mean:.{digits}f}" + ("" if numpy.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def table(arms, wanted, baseline):
@@ -89,6 +89,20 @@ def table(arms, wanted, baseline):
             pairs = {outcome: paired(seeds, arms[baseline], outcome) for outcome in wanted}
             lines.append(f"| {arm} - {baseline} | {max(map(len, pairs.values()))} pairs | " + " | ".join(
                 shown(*mean_and_half(values)) if values else "-" for values in pairs.values()) + " |")
+    return "\n".join(lines)
+
+
+def per_episode(rows, experiment, level="L1"):
+    """Markdown: how often each flaw is shown in an episode of the level's test games, before and after (shares of all steps
+    change also where other steps go)."""
+    lines = ["| arm | flaw | times per episode before | after | difference |", "| --- | --- | --- | --- | --- |"]
+    for arm in EXPERIMENTS[experiment][1]:
+        runs = [row for row in rows if (row["experiment"], row["arm"]) == (experiment, arm) and level in row["before"]]
+        for key, name in (*FLAWS, ("revisited", "back")) if runs else ():
+            before, after = ([row[when][level][key] * row[when][level]["steps"] for row in runs] for when in ("before", "after"))
+            changes = [b - a for a, b in zip(before, after)]
+            lines.append(f"| {arm} | {name} | " + " | ".join(
+                shown(*mean_and_half(values), digits=2) for values in (before, after, changes)) + " |")
     return "\n".join(lines)
 
 
@@ -218,6 +232,8 @@ def main():
     flaws = [o for o in flaws if o in known]
     print(f"{args.experiment}, % (each seed; mean ± half of the 95% t interval over seeds)\n\n"
           f"{table(arms, first, args.baseline)}\n\n{table(arms, flaws, args.baseline)}")
+    if "L1 before" in known:
+        print(f"\n{per_episode(rows, args.experiment)}")
     coupling = coupling_table(rows, args.experiment, args.baseline)
     print(f"\nNats per unit step; 95% t intervals over seeds, of ratios by jackknife\n\n{coupling}" if coupling else "", end="\n")
     if args.out:
