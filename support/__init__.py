@@ -25,5 +25,6 @@ toy_figures.py     the four figures of toy_bandit.py
 coupling_run.py    coupling.py's flags and episodes; coupling_report.py its tables, coupling_figures.py its pictures,
                    probes.py its probe set and kernel, representation.py what the layers make of them,
                    coupling_page.py one page of all that, coupling_dynamics.py leak and own correction while a policy learns
-bench.py           speeds as ratios: python -m support.bench; bench_models.py those of a language model
+bench.py           speeds as ratios: python -m support.bench; bench_models.py those of a language model, bench_sizes.py those of
+                   tiny policies of several shapes
 """
