@@ -1,6 +1,6 @@
 """GRPO with the good/bad classifier (GCD) on text games, the whole loop.
 
-    python train.py --env alfworld                        # laptop, no GPU, no data: some 10 minutes
+    python train.py --env alfworld                        # laptop, no GPU, no data: 5 to 10 minutes
     python train.py --env alfworld --classifier none      # GRPO alone, the baseline
     python train.py --env alfworld --games official       # ALFWorld's own games (set ALFWORLD_DATA)
     python train.py --env alfworld --model Qwen/Qwen2.5-1.5B-Instruct --lr 1e-6
