@@ -1,9 +1,9 @@
 """The tiny policy and its supervised cold start on expert episodes.
 
-    # the policy in the repository: first to see, then to act like a careless expert (27% of valid_unseen)
+    # policies/tiny: first to see, then to act like a careless expert (27% of valid_unseen)
     python cold_start.py --out policies/first --games generated --size 1M --episodes 24000 --epochs 3 --stop-step 750
     python cold_start.py --out policies/tiny --games generated --init policies/first --sloppy 0.5 --episodes 7000 --epochs 2 --lr 1.5e-3 --seed 1
-    # a smaller one that is taught to read, then careless: where experiments/README.md begins (17% of valid_unseen)
+    # where the default run starts: a smaller one that is shown other names, too, then a careless expert (17 to 20%)
     python cold_start.py --out policies/reads --games generated --episodes 10000 --copies 2 --epochs 2
     python cold_start.py --out policies/tiny-reads --games generated --init policies/reads --sloppy 0.5 --episodes 3000 --copies 2 \
         --epochs 1 --lr 1.5e-3 --seed 1
@@ -136,7 +136,7 @@ def make_cold_start(args, games, pool):
     """The folder of the tiny policy that train.py's --cold-start asks for.
 
     A policy that comes with the repository where there is one that has seen nothing of what the level tests; official
-    ALFWorld games are longer and have thirty receptacles: that policy, trained on with official expert episodes. What is
+    ALFWorld games are longer and have thirty receptacles: policies/tiny, trained on with official expert episodes. What is
     trained here is cached and found by the next run. `games`: the level's training games; no other game is ever shown.
     """
     here = os.path.dirname(os.path.abspath(__file__))

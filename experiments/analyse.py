@@ -152,9 +152,9 @@ def draw_coupling(rows, experiment, path, kinds=("inadmissible", "repeated")):
     for axis, kind in zip(axes, kinds):
         for k, (arm, times) in enumerate(splits(rows, experiment, kinds).items()):
             for name, mark, style in (("leak", "o", "-"), ("own", "s", "--")):
-                shown = [(when, *mean_and_half([cell["plain"][kind][name] for cell in seeds.values() if kind in cell["plain"]]))
+                points = [(when, *mean_and_half([cell["plain"][kind][name] for cell in seeds.values() if kind in cell["plain"]]))
                          for when, seeds in sorted(times.items())]
-                at, mean, half = zip(*shown)
+                at, mean, half = zip(*points)
                 sign = 1 if name == "leak" else -1
                 axis.errorbar([when + 0.4 * k for when in at], [sign * m for m in mean], numpy.nan_to_num(half), marker=mark,
                               ls=style, capsize=3, color=ARM_COLORS[k % 7], ms=5,
