@@ -30,7 +30,8 @@ without an action, over all its tokens. The classifier and the KL are left out: 
 groups apart, and the change adds up over blocks, so that a resample draws blocks from the first half and,
 independently, games from the other. Eight blocks are few: this interval is coarse (deviations are widened by
 sqrt(8/7): Rao & Wu 1988). Several draws, each with its own games and samples: Student's t over the draws;
-their ratio is that of the means, its interval by jackknife over the draws.
+their ratio is that of the means, its interval by jackknife over the draws; --blocks 1 is then enough, and
+costs a third less. A draw whose groups all have one reward has no gradient: it is counted and left out.
 
 **The kernel**, which explains the ratio: how alike are the policy gradients of two actions? `probe_kernel`,
 on the probes of support/probes.py. What the layers make of them: support/representation.py. Coupling while a
@@ -56,7 +57,8 @@ from support.batches import deal, forward, micro_batches, sampled_logprobs
 from support.coupling_figures import draw_danger_zone, draw_fate, draw_kernels
 from support.coupling_page import write_page
 from support.coupling_report import fates, paired, summarize, table, write_lines
-from support.coupling_run import as_run, checkpoint_moments, choose_games, collect, parse_arguments, prepare
+from support.coupling_run import (KeptRows, as_run, checkpoint_moments, choose_games, collect,
+                                  parse_arguments, prepare)
 from support.logs import machine, progress
 from support.probes import encode, group_cosines, kernel_table, probe_file, probe_logprobs
 from support.representation import representation, representation_table
@@ -83,7 +85,8 @@ def split_update(args, run, first, held_out, mask, v=None):
     if v is not None:
         rules["adam"] = lambda G: [g / (moment.sqrt() + 1e-8) for g, moment in zip(G, v)]
     again, blocks = lambda: action_logprobs(args, run, held_out, mask), deal(first, args.blocks)
-    before, G = again(), ascent(args, run, first)                                               # (S,)
+    only = list(parts_of(args, run, first)) if len(blocks) == 1 else None  # add up to the whole: no third pass
+    before, G = again(), [sum(g) for g in zip(*only)] if only else ascent(args, run, first)     # (S,)
     found, share, distance = {}, [], {}
     for rule, direct in rules.items():
         distance[rule] = step_length(args, run, direct(G), before, again)
@@ -93,14 +96,18 @@ def split_update(args, run, first, held_out, mask, v=None):
     for b, block in enumerate(blocks):
         part = first.part(block)  # with its share of the weights of all of `first`
         share.append(float(part.token_weights.sum()))
-        flawed = part.flawed[part.step_of_token]                                                # (n,)
-        for i, kept in enumerate((~flawed, flawed)):
-            G = ascent(args, run, part, kept)                                                   # eq. 1
+        for i, G in enumerate(only or parts_of(args, run, part)):                               # eq. 1
             for rule, direct in rules.items():
                 change = effect(run, direct(G), distance[rule], before, again)                  # eq. 2
                 found[rule]["change"][i, b] = change
                 run.bar.update()
     return found, share
+
+
+def parts_of(args, run, batch):
+    """G_u and G_f of eq. 1, one after the other."""
+    flawed = batch.flawed[batch.step_of_token]                                                  # (n,)
+    return (ascent(args, run, batch, kept) for kept in (~flawed, flawed))
 
 
 def ascent(args, run, batch, kept=1.0):
@@ -233,48 +240,59 @@ def parameter_blocks(model, most=8):
 # ---------------------------------------------------------------------------------------------- the command
 
 def measure(args, run, games, seed, v=None):
-    """One draw: the first half of the games gives the gradients, the other is held out. A row of results."""
+    """One draw: the first half of the games gives the gradients, the other is held out. A row of results, a
+    short one if there is no gradient."""
     episodes = collect(args, run.engine, run.chat, run.pool, games, seed, run.bar)
     halves = [[e for e in episodes if (e.group < len(games) // 2) == here] for here in (True, False)]
     if not all(halves):
         raise ValueError("none of the games of one half can be played: see the lines above")
     (first, _), (held_out, mask) = (prepare(args, run.chat, half) for half in halves)
+    about = {"games": [sorted({e.game.name for e in half}) for half in halves], "episodes": len(episodes),
+             "success": sum(e.won for e in episodes) / len(episodes), **flaw_rates(episodes)}
     if not first.advantages.any():
-        raise ValueError(f"no gradient: in each of {len(games) // 2} groups all episodes have one reward: "
-                         "take more --episodes, or a policy that wins now and then")
+        run.bar.write(f"no gradient: in each of {len(games) // 2} groups all episodes have one reward")
+        return about
     if not args.no_adam and v is None:
         v = second_moments(args, run, [first, held_out])
     found, share = split_update(args, run, first, held_out, mask, v)
     run.shown = run.chat, held_out, found["plain"]["change"]  # the page has these episodes
-    return {"games": [sorted({e.game.name for e in half}) for half in halves], "episodes": len(episodes),
-            "success": sum(e.won for e in episodes) / len(episodes), **flaw_rates(episodes),
-            **{rule: summarize(one, share, held_out) for rule, one in found.items()}}
+    return about | {rule: summarize(one, share, held_out) for rule, one in found.items()}
 
 
 def measure_all(args, pool, games, probes):
     """Every model on every draw's games, and on the probes; tables are printed and rows written as they come.
-    Returns the rows and, by model, what there is to look at: `grams` (Gram matrices, probes as the model
+    Returns the rows that have a gradient and, by model, what there is to look at: `grams` (Gram matrices, probes as the model
     reads them), `held_out`, `scores`, `layers`, `said` of support/coupling_page.py."""
     rows, lines, count = [], [], len(games) // max(1, args.draws)
+    kept = KeptRows(os.path.join(args.out, "results.jsonl"), args)
     seen_of = SimpleNamespace(grams={}, held_out={}, scores={}, layers={}, said={})
     for folder in args.model:
         here = argparse.Namespace(**vars(args))  # two models may have been trained in two ways
         engine, chat = player(here, folder)
         if here.temperature <= 0:
             raise ValueError("--temperature must be positive: greedy episodes of a group are all the same")
+        weights = norm(engine.model.parameters())  # tells a folder's policy from another put in its place
         v = None if args.no_adam else checkpoint_moments(folder, engine.model)
         parts = (2 - args.no_adam) * (2 * args.blocks + 1) + (0 if args.no_adam or v else 2 * args.blocks)
         parts += -(-count // max(1, args.batch // args.group_size))  # of playing
         with progress(folder, args.draws * parts, " parts") as bar:
             run = as_run(here, engine.model, bar, engine=engine, chat=chat, pool=pool)
             for draw in range(args.draws):
-                seed = (args.seed * 1_000_003 + draw) * 10_007  # `collect` adds the number of a game
-                row = measure(here, run, games[draw * count:(draw + 1) * count], seed, v)
-                rows.append({"model": folder, "draw": draw, "moments": "trainer.pt" if v else "blocks", **row,
-                             "args": vars(args), "machine": machine()})
-                write_lines(os.path.join(args.out, "results.jsonl"), rows)
+                drawn = games[draw * count:(draw + 1) * count]
+                about = {"model": folder, "weights": weights, "draw": draw, "seed": args.seed}
+                row = None if args.report else kept.find(about, drawn)  # the page wants the steps themselves
+                if row is None:
+                    seed = (args.seed * 1_000_003 + draw) * 10_007  # `collect` adds the number of a game
+                    row = {**about, "moments": "trainer.pt" if v else "blocks", "args": vars(args),
+                           "machine": machine(), **measure(here, run, drawn, seed, v)}
+                    kept.add(row)
+                rows.append(row)
         if args.draws:
-            seen_of.held_out[folder] = run.shown
+            if not any("plain" in row for row in rows if row["model"] == folder):
+                raise ValueError(f"{folder}: no draw has a gradient, its groups have one reward each: more "
+                                 "--episodes, or a policy that wins now and then")
+            if args.report:
+                seen_of.held_out[folder] = run.shown
             print(table(folder, [row for row in rows if row["model"] == folder]) + "\n", flush=True)
         if probes:
             seen = encode(probes, chat)
@@ -288,7 +306,9 @@ def measure_all(args, pool, games, probes):
             write_lines(os.path.join(args.out, "kernel.jsonl"), lines)
     if len(args.model) > 1 and args.draws:
         print(paired(args.model, rows))
-    return rows, seen_of
+    if rows:
+        write_lines(kept.path, rows)  # nothing of other policies that were measured there before
+    return [row for row in rows if "plain" in row], seen_of
 
 
 def main():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy
 from scipy import stats
@@ -17,6 +18,17 @@ NAMES = ("leak", "own", "net", "ratio")
 def write_lines(path, rows):
     """Rows as JSON lines; the file is there whole, or as it was."""
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_lines(path):
+    """The rows of a file of JSON lines; none where there is no such file. Raises ValueError, one line."""
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path) as file:
+            return [json.loads(line) for line in file]
+    except ValueError as error:
+        raise ValueError(f"{path}: not a file of JSON lines") from error
 
 
 def kinds_of(batch):
@@ -158,8 +170,10 @@ def text(value, low, high, digits=3):
 
 def table(model, rows):
     """The report of one model, from its rows of results.jsonl."""
+    won, drawn = 100 * numpy.mean([row["success"] for row in rows]), len(rows)
+    rows = [row for row in rows if "plain" in row]
     over = f"t intervals over {len(rows)} draws" if len(rows) > 1 else "bootstrap intervals over games"
-    won = 100 * numpy.mean([row["success"] for row in rows])
+    over += f" ({drawn - len(rows)} more had no gradient)" if drawn > len(rows) else ""
     episodes = rows[0]["episodes"]
     lines = [f"{model}: {episodes} episodes a draw, {won:.0f}% won; nats per unit step, 95% {over}"]
     for rule in (rule for rule in ("plain", "adam") if rule in rows[0]):
@@ -181,16 +195,17 @@ def table(model, rows):
 
 def paired(models, rows):
     """Differences to the first model, draw by draw on the same games, as text."""
-    of = {model: [row for row in rows if row["model"] == model] for model in models}
-    lines = [f"minus {models[0]}, paired by draw ({len(of[models[0]])}), 95% t intervals over the draws",
+    of = {model: {row["draw"]: row for row in rows if row["model"] == model and "plain" in row} for model in models}
+    lines = ["minus " + models[0] + ", paired by draw, 95% t intervals over the draws",
              " " * 56 + "".join(f"{name:28}" for name in ("leak", "own correction", "net", "-leak / own"))]
     for model in models[1:]:
-        for rule in (rule for rule in ("plain", "adam") if rule in rows[0]):
+        both = [(of[models[0]][draw], row) for draw, row in of[model].items() if draw in of[models[0]]]
+        for rule in (rule for rule in ("plain", "adam") if both and rule in both[0][0]):
             for kind in KINDS:
-                found = gaps(of[models[0]], of[model], rule, kind)
+                found = gaps(*zip(*both), rule, kind)
                 if found:
                     shown = "".join(f"{text(*found[name]):28}" for name in NAMES)
-                    lines.append(f"  {model:32} {rule:6} {kind:13}{shown}")
+                    lines.append(f"  {model:27} ({len(both)}) {rule:6} {kind:13}{shown}")
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from games import levels
 from grpo import token_weights
 from rollout import play
 from support.batches import lay_out
+from support.coupling_report import read_lines, write_lines
 from support.flags import flags_as_trained, make_parser
 from support.language_models import model_folder
 from support.policies import load_policy, notes_of
@@ -88,6 +89,36 @@ def checkpoint_moments(folder, model):
             for i, p in enumerate(parameters)]
 
 
+class KeptRows:
+    """results.jsonl: each row is written when it is there, so that a command that was stopped goes on. Rows of
+    other settings, other policies or other games are replaced."""
+
+    FREE = {"model", "out", "report", "draws", "after", "probes", "probe_count", "workers", "micro_tokens"}
+
+    def __init__(self, path, args):
+        """args: of this command; but for those that are FREE to differ, a row's must be the same."""
+        self.path, self.settings = path, self._settings(vars(args))
+        self.rows = [row for row in read_lines(path) if self._settings(row.get("args", {})) == self.settings]
+
+    def _settings(self, args):
+        return {name: value for name, value in args.items() if name not in self.FREE}
+
+    def find(self, about, games):
+        """The row of this policy (`about`: its folder, weights, draw, seed) on these games; None: to be
+        measured."""
+        names = {game.name for game in games}
+        for row in self.rows:
+            if about.items() <= row.items() and set(sum(row["games"], [])) == names:
+                return row
+        return None
+
+    def add(self, row):
+        """A row that was measured, in place of one of the same draw."""
+        same = lambda old: all(old[name] == row[name] for name in ("model", "draw"))
+        self.rows = [old for old in self.rows if not same(old)] + [row]
+        write_lines(self.path, self.rows)
+
+
 def parse_arguments():
     parser, group = make_parser("Measure the gradient coupling of policies.")
     flag = group("most used")
@@ -99,7 +130,8 @@ def parse_arguments():
          "others are held out")
     flag("--probes", metavar="FILE", help="measure kernel and representation, too, on the probes in this "
          "file; where there is none, it is made")
-    flag("--out", default="runs/coupling", help="folder for results and pictures; those there are replaced")
+    flag("--out", default="runs/coupling", help="folder for results and pictures; a command that was stopped goes on "
+         "there, other results are replaced")
     flag("--report", metavar="FILE", help="write a page to look at: tables, pictures, probes, held-out steps")
     flag = group("what is measured")
     flag("--group-size", type=int, default=8, help="episodes per game (G)")
@@ -144,8 +176,8 @@ def parse_arguments():
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.group_size < 2:
         parser.error("--group-size must be at least 2: an advantage compares episodes of one game")
-    if args.blocks < 2:
-        parser.error("--blocks must be at least 2: intervals resample them")
+    if args.blocks < 1 + (args.draws == 1):
+        parser.error("--blocks must be at least 2 for one draw, whose interval resamples them")
     pair = 2 * args.group_size
     if args.episodes % pair or args.episodes < pair * args.blocks:
         parser.error(f"--episodes {args.episodes}: must be a multiple of {pair}, two halves of whole groups, "

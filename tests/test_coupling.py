@@ -1,5 +1,6 @@
 """The coupling's two instruments against closed forms, real optimizer steps and finite differences."""
 
+import argparse
 import json
 import math
 import os
@@ -150,6 +151,16 @@ def test_leak_and_own_add_up_to_a_real_sgd_step(model, chat, episodes):
     again = split(model, chat, episodes)[0]["plain"]["change"]
     assert torch.equal(again, found["plain"]["change"])  # nothing was moved for good
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights))
+
+
+def test_one_block_is_the_sum_of_several(model, chat, episodes):
+    """With one block the whole gradient is the sum of its two parts instead of a pass of its own: the same
+    numbers up to rounding, among them the step's length."""
+    one, two = (split(model, chat, episodes, blocks=blocks)[0]["plain"] for blocks in (1, 2))
+    assert one["change"].shape[1] == 1 and two["change"].shape[1] == 2
+    scale = two["whole"].abs().max()
+    assert (one["change"].sum(1) - two["change"].sum(1)).abs().max() < 0.02 * scale
+    assert (one["whole"] - two["whole"]).abs().max() < 0.02 * scale
 
 
 def test_and_through_adam_to_a_real_adam_step(model, chat, episodes):
@@ -384,6 +395,52 @@ def test_the_command_pairs_models_and_keeps_held_out_games_out(monkeypatch, tmp_
     assert len(probes_shown) == sum(len(json.loads(line)["probes"]) for line in before.splitlines())
     assert all(row[2] == row[3] and float(row[2]) < 0 for row in probes_shown)
     assert sum(s["picture"] is not None for s in page["sections"]) == 2
+
+
+def test_a_command_that_was_stopped_goes_on(monkeypatch, tmp_path, capsys):
+    """What is there is not measured again (its row keeps a mark), the rest is; with other settings nothing is
+    reused, nor of another policy in the same folder."""
+    policy, out = shutil.copytree(TINY, tmp_path / "policy"), tmp_path / "out"
+    arguments = ["--model", policy, "--draws", 2, "--no-adam", "--out", out, *SMALL, "--blocks", 1]
+    command(monkeypatch, *arguments)
+    whole = [json.loads(line) for line in open(out / "results.jsonl")]
+    first = whole[0] | {"mark": 1}
+    (out / "results.jsonl").write_text(json.dumps(first) + "\n")
+    command(monkeypatch, *arguments)
+    again = [json.loads(line) for line in open(out / "results.jsonl")]
+    assert again[0] == first and "mark" not in again[1]
+    assert again[1]["plain"] == whole[1]["plain"] != whole[0]["plain"]
+    assert "t intervals over 2 draws" in capsys.readouterr().out
+    command(monkeypatch, *arguments, "--temperature", 0.9)
+    other = [json.loads(line) for line in open(out / "results.jsonl")]
+    assert len(other) == 2 and "mark" not in other[0] and other[0]["plain"] != first["plain"]
+    monkeypatch.setattr(coupling, "norm", lambda tensors: 1.0)  # as if its weights had been replaced
+    kept = coupling_run.KeptRows(out / "results.jsonl", argparse.Namespace(**other[0]["args"]))
+    games = [SimpleNamespace(name=name) for name in sum(other[0]["games"], [])]
+    about = {key: other[0][key] for key in ("model", "weights", "draw", "seed")}
+    assert kept.find(about, games) == other[0]
+    assert kept.find(about | {"weights": 1.0}, games) is None and kept.find(about, games[1:]) is None
+
+
+def test_a_draw_without_gradient_is_left_out_and_counted(monkeypatch, tmp_path, capsys):
+    """Episodes of a draw that all have one reward teach nothing; the other draws are measured all the same."""
+    collect = coupling.collect
+
+    def collected(args, engine, chat, pool, games, seed, bar):
+        episodes = collect(args, engine, chat, pool, games, seed, bar)
+        for episode in episodes:
+            episode.reward = 0.0 if seed < 10_007 else episode.reward  # draw 0 of seed 0
+        return episodes
+
+    monkeypatch.setattr(coupling, "collect", collected)
+    out = tmp_path / "out"
+    command(monkeypatch, "--model", TINY, "--draws", 3, "--no-adam", "--out", out, *SMALL, "--blocks", 1)
+    rows = [json.loads(line) for line in open(out / "results.jsonl")]
+    assert ["plain" in row for row in rows] == [False, True, True]
+    assert "t intervals over 2 draws (1 more had no gradient)" in capsys.readouterr().out
+    monkeypatch.setattr(coupling, "measure", lambda *args: {"games": [], "success": 0.0, "episodes": 32})
+    with pytest.raises(SystemExit, match="no draw has a gradient"):
+        command(monkeypatch, "--model", TINY, "--draws", 2, "--no-adam", "--out", tmp_path / "none", *SMALL)
 
 
 def test_draws_share_no_game(monkeypatch):
