@@ -54,7 +54,7 @@ import torch
 from games.pool import EnvPool
 from rollout import flaw_rates
 from support.batches import deal, forward, micro_batches, sampled_logprobs
-from support.coupling_figures import draw_danger_zone, draw_fate, draw_kernels
+from support.coupling_figures import draw_danger_zone, draw_fate, draw_kernels, fate_points
 from support.coupling_page import write_page
 from support.coupling_report import fates, paired, summarize, table, write_lines
 from support.coupling_run import (KeptRows, as_run, checkpoint_moments, choose_games, collect,
@@ -324,8 +324,8 @@ def main():
         if rows:
             draw_danger_zone(rows, picture("danger_zone.png"))
         if args.after:
-            draw_fate([(args.model[0], [row for row in rows if row["model"] == args.model[0]], args.after)],
-                      picture("fate.png"))
+            first = [row for row in rows if row["model"] == args.model[0]]
+            draw_fate(fate_points([(args.model[0], first, fates(args.after))]), picture("fate.png"))
         draw_kernels(seen_of.grams, picture("kernel.png"))
         if args.report:
             write_page(args, rows, probes, seen_of)

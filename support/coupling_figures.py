@@ -2,6 +2,7 @@
 
     python -m support.coupling_figures runs/coupling/results.jsonl --out danger_zone.png   # of one, or more
     python -m support.coupling_figures runs/coupling/results.jsonl --after runs/a runs/b --out fate.png
+    python experiments/prediction.py                                 # the same from the rows of the experiments
     python -m support.coupling_figures runs/coupling/kernel.jsonl --out path.png
 """
 
@@ -129,34 +130,45 @@ def draw_kernels(grams, path):
     save(figure, path)
 
 
-def draw_fate(starts, path):
-    """Leak + own correction at the start against what became of each flaw under RL: a point for each common
-    kind of flaw and run. (Not their ratio, which is none where nothing corrects a flaw: the edge of the
-    danger zone, ratio 1, is a sum of 0.)
+def fate_points(starts):
+    """{rule: [(name, kind, (net, low, high), [share of steps after / before, a number a run])]} for `draw_fate`.
 
-    starts: [(name, rows of coupling.py of one model, folders of runs that began with it), ...]. Upwards: the
-    flaw's share of all steps after training over that before, on the same games; below 1 it was unlearnt.
+    starts: [(name, rows of coupling.py of one model, `fates` of runs that began with it), ...].
     """
     rules = [rule for rule in ("plain", "adam") if all(rule in rows[0] for _, rows, _ in starts)]
-    figure, axes = plt.subplots(1, len(rules), figsize=(6.8 * len(rules), 5), squeeze=False,
+    points = {rule: [] for rule in rules}
+    for rule, (name, rows, became) in ((rule, start) for rule in rules for start in starts):
+        for kind in (kind for kind in FLAWS if kind in common(rows, rule)):
+            net = combine(rows, rule, kind)["net"]
+            grown = [after / before for before, after in (one[kind] for one in became.values()) if before]
+            if grown and net[0] is not None:  # else too rare for a draw or more
+                points[rule].append((name, kind, net, grown))
+    return points
+
+
+def draw_fate(points, path, of="share of steps"):
+    """Leak + own correction at the start against what became of each flaw under RL, a point a kind of flaw and
+    run. (Not their ratio, which is none where nothing corrects a flaw: the edge of the danger zone, ratio 1, is
+    a sum of 0.)
+
+    points: as `fate_points` has them. Upwards: how common the flaw is after training over before, on the same
+    games, `of` what; below 1 it was unlearnt.
+    """
+    figure, axes = plt.subplots(1, len(points), figsize=(6.8 * len(points), 5), squeeze=False,
                                 constrained_layout=True)
-    for axis, rule in zip(axes[0], rules):
-        for marker, (name, rows, runs) in zip(MARKERS, starts):
-            became = fates(runs)
-            for kind in (kind for kind in FLAWS if kind in common(rows, rule)):
-                net, low, high = combine(rows, rule, kind)["net"]
-                grown = [after / before for before, after in (one[kind] for one in became.values()) if before]
-                if not grown or net is None:  # too rare for a draw or more
-                    continue
-                label, color = kind.replace("_", " ") + (f", {name}" if len(starts) > 1 else ""), FLAW_COLORS[kind]
-                axis.plot([net] * len(grown), grown, marker, color=color, label=label, alpha=0.8)
-                if low is not None:
-                    axis.plot([low, high], [sum(grown) / len(grown)] * 2, color=color, linewidth=1)
+    for axis, (rule, of_rule) in zip(axes[0], points.items()):
+        names = list(dict.fromkeys(name for name, *_ in of_rule))
+        for name, kind, (net, low, high), grown in of_rule:
+            marker, color = MARKERS[names.index(name) % len(MARKERS)], FLAW_COLORS[kind]
+            label = kind.replace("_", " ") + (f", {name}" if len(names) > 1 else "")
+            axis.plot([net] * len(grown), grown, marker, color=color, label=label, alpha=0.8)
+            if low is not None:
+                axis.plot([low, high], [sum(grown) / len(grown)] * 2, color=color, linewidth=1)
         axis.axvline(0, color="k", linewidth=1)
         axis.axhline(1, color="k", linewidth=0.5)
         axis.set(title={"plain": "plain gradient", "adam": "through Adam"}[rule], ylim=(0, None),
                  xlabel="leak + own correction at the start, nats per unit step, 95% interval\n"
-                 "(right of the line: danger zone)", ylabel="share of steps, after / before RL (a point a run)")
+                 "(right of the line: danger zone)", ylabel=f"{of}, after / before RL (a point a run)")
         axis.legend(fontsize=8)
     save(figure, path)
 
@@ -214,7 +226,7 @@ def main():
             raise ValueError("--after: once for each file")
         names = [rows[0]["model"].rstrip("/").split("/")[-1] for rows in files]
         if args.after:
-            draw_fate(list(zip(names, files, args.after)), args.out)
+            draw_fate(fate_points(list(zip(names, files, map(fates, args.after)))), args.out)
         else:
             draw_danger_zone([row for rows in files for row in rows], args.out)
     except (OSError, ValueError) as error:
