@@ -9,7 +9,7 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import train  # noqa: E402
-from experiments import analyse, run  # noqa: E402
+from experiments import analyse, prediction, run  # noqa: E402
 
 
 @pytest.mark.parametrize("experiment", run.EXPERIMENTS)
@@ -110,3 +110,37 @@ def test_what_a_run_ends_with_is_evaluated_once(tmp_path, monkeypatch):
         found = run.ends("x", str(tmp_path / "run"), ["--env", "alfworld", "--model", str(tmp_path / "start")], args)
         assert found["before"]["L1"]["won_by_game"] == "00" and found["after"]["L1"]["won_by_game"] == "01"
     assert len(asked) == 2 and asked[0][:4] == ["--games", "generated", "--level", "L1"]
+
+
+def test_prediction_points_by_hand(tmp_path, monkeypatch):
+    """Leak and own correction come from the right runs' iteration 0 or the right file, what became of a flaw is
+    counted per episode (share x steps), rare kinds are left out, other arms count nowhere."""
+    def row(arm, seed, leak, after):
+        shares = {kind: 0.0 for kind in prediction.FLAWS}
+        return {"experiment": "classifier", "arm": arm, "seed": seed,
+                "coupling": [{"iteration": 0, "leak_plain_repeated": leak, "own_plain_repeated": -0.5,
+                              "leak_plain_malformed": 1.0, "own_plain_malformed": 1.0},
+                             {"iteration": 16, "leak_plain_repeated": 9.0, "own_plain_repeated": 9.0}],
+                "before": {"L1": {**shares, "steps": 20.0, "repeated": 0.25, "malformed": 0.001}},
+                "after": {"L1": {**shares, "steps": 10.0, "repeated": after, "malformed": 0.5}}}
+    rows = [row("none", 0, 0.1, 0.5), row("none", 1, 0.3, 0.25), row("value", 0, 7.0, 0.9)]
+    starts = [("reads", None, "classifier", "none"), ("not run", None, "default", "none")]
+    (name, kind, cells, grown), = prediction.points(rows, starts)
+    assert (name, kind, grown) == ("reads", "repeated", [1.0, 0.5])  # 5 times and 2.5 an episode, of 5
+    assert [cell["net"] for cell in cells] == pytest.approx([-0.4, -0.2])
+    monkeypatch.setattr(prediction, "HERE", str(tmp_path))
+    draws = [{"plain": {"repeated": {"leak": 0.2, "own": 0.0, "net": 0.2}}}, {"games": []}]  # one had no gradient
+    (tmp_path / "draws.jsonl").write_text("".join(json.dumps(draw) + "\n" for draw in draws))
+    (*_, cells, _), = prediction.points(rows, [("file", "draws.jsonl", "classifier", "value")])
+    assert [cell["net"] for cell in cells] == [0.2]
+
+
+def test_an_interval_of_the_rank_correlation_knows_what_is_uncertain():
+    """Where draws and runs agree resampling changes nothing; where they do not, it does."""
+    sure = [("a", str(i), [{"net": x}] * 3, [y] * 3) for i, (x, y) in enumerate([(0, 3), (1, 2), (2, 1), (3, 0), (4, 4)])]
+    value, within, among = prediction.correlation(sure, "net")
+    assert value == pytest.approx(0.0) and within == pytest.approx((0.0, 0.0))
+    assert among[0] == pytest.approx(-among[1]) and among[1] == pytest.approx(0.8822, abs=1e-3)  # tanh(1.96 / sqrt 2)
+    unsure = [("a", str(i), [{"net": x}, {"net": x + 6}], [y, y]) for i, (x, y) in enumerate([(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)])]
+    value, (low, high), _ = prediction.correlation(unsure, "net")
+    assert value == pytest.approx(1.0) and low < 0.3 < high
