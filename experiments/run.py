@@ -44,6 +44,7 @@ EXPERIMENTS = {
         "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca",
         "stop-gradient": "--classifier value --control stop-gradient",
         "shuffled": "--classifier value --control shuffled", "generative": "--classifier generative"}, range(8)),
+    # (rows `generative-untaught`: `generative` before its warm-up was repaired; experiments/README.md, 2026-11-24)
 }
 # experiment -> flags of evaluate.py for what its runs begin and end with: more games than train.py plays by the way.
 ENDS = {"classifier": f"{ALFWORLD} --level L1 --count 400"}

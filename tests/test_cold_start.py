@@ -1,6 +1,7 @@
 """The careless expert, supervised training, and the question that a policy of ours must be taught."""
 
 import json
+import os
 import re
 
 import pytest
@@ -9,11 +10,14 @@ import torch
 from games import levels
 from cold_start import cold_start
 from support.demonstrations import expert_episodes, play_expert, write_messages
-from support.policies import tiny_model, train_tokenizer
-from rollout import SYSTEM, ChatFormat
+from engines.torch_engine import TorchEngine
+from support.policies import load_policy, make_chat, tiny_model, train_tokenizer
+from rollout import SYSTEM, ChatFormat, flaw_rates, play
 from helpers import lay_out, make_batch, sampled_logprobs
-from support.batches import make_question
-from support.warmup import supervise
+from support.batches import forward, make_question
+from support.warmup import supervise, teach_words
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @pytest.mark.parametrize("env", ["alfworld", pytest.param("scienceworld", marks=pytest.mark.long)])
@@ -76,6 +80,42 @@ def test_teaching_the_question_leaves_the_actions_alone(model, chat, episodes):
     assert first > 3.0 and last < 1.0
     batch = lay_out(episodes)
     assert sampled_logprobs(model, batch, 1.0, 8192).mean() > batch.old_logprobs.mean() - 0.1
+
+
+def test_the_words_are_taught_in_their_own_rows_alone(model, chat, episodes):
+    """L_cls falls to a guess between the two words; no other weight moves by a bit. Who knows the words, or may not
+    change them, is left alone. (Without it the default policy's generative arm wrote verdicts in place of actions.)"""
+    question, whole = make_question(chat), make_batch(episodes, torch.zeros(len(episodes)))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    verdicts = lambda: -forward(model, whole.sequences, whole.sampled, branches=whole.branches(question))["verdicts"].mean()
+    assert verdicts() > 3.0
+    assert 0 < teach_words(model, lambda generator: whole, question) < 100
+    assert verdicts() < 1.2
+    rows = [chat.tokenizer.convert_tokens_to_ids(word) for word in ("bad", "good")]
+    for name, p in model.named_parameters():
+        changed = (p != before[name]).nonzero()
+        assert set(changed[:, 0].tolist()) == set(rows) if name == "lm_head.weight" else len(changed) == 0, name
+    assert teach_words(model, lambda generator: whole, question) == 0
+    model.lm_head.weight.requires_grad_(False)
+    assert teach_words(model, lambda generator: whole, question, enough=0.0) == 0
+
+
+def test_the_default_policy_survives_the_generative_warm_up(pool):
+    """Regression: after the warm-up of `--classifier generative` 70% of tiny-reads' answers were malformed."""
+    model, tokenizer = load_policy(os.path.join(ROOT, "policies", "tiny-reads"))
+    chat, _ = make_chat(tokenizer, "alfworld", os.path.join(ROOT, "policies", "tiny-reads"))
+    engine, question = TorchEngine(model, chat.eos, max_new_tokens=24), make_question(chat)
+    episodes, _ = play(engine, pool, chat, [levels.generated_game("train", s) for s in range(8)], 4, 20, seed=0)
+
+    def draw(generator):
+        chosen = torch.randperm(len(episodes), generator=generator)[:16].tolist()
+        return make_batch([episodes[i] for i in chosen], torch.zeros(16))
+
+    teach_words(model, draw, question)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    _, last = supervise(model, optimizer, draw, question, updates=40)
+    after, _ = play(engine, pool, chat, [levels.generated_game("train", s) for s in range(8, 12)], 4, 20, seed=1)
+    assert last < 1.0 and flaw_rates(after)["malformed"] < 0.1
 
 
 def test_the_chat_dataset_is_what_other_trainers_read(pool, tmp_path):
