@@ -261,8 +261,8 @@ def measure(args, run, games, seed, v=None):
 
 def measure_all(args, pool, games, probes):
     """Every model on every draw's games, and on the probes; tables are printed and rows written as they come.
-    Returns the rows that have a gradient and, by model, what there is to look at: `grams` (Gram matrices, probes as the model
-    reads them), `held_out`, `scores`, `layers`, `said` of support/coupling_page.py."""
+    Returns the rows that have a gradient and, by model, what there is to look at: `grams` (Gram matrices,
+    probes as the model reads them), `held_out`, `scores`, `layers`, `said` of support/coupling_page.py."""
     rows, lines, count = [], [], len(games) // max(1, args.draws)
     kept = KeptRows(os.path.join(args.out, "results.jsonl"), args)
     seen_of = SimpleNamespace(grams={}, held_out={}, scores={}, layers={}, said={})
@@ -286,14 +286,17 @@ def measure_all(args, pool, games, probes):
                     row = {**about, "moments": "trainer.pt" if v else "blocks", "args": vars(args),
                            "machine": machine(), **measure(here, run, drawn, seed, v)}
                     kept.add(row)
+                else:
+                    bar.update(parts)
                 rows.append(row)
-        if args.draws:
-            if not any("plain" in row for row in rows if row["model"] == folder):
-                raise ValueError(f"{folder}: no draw has a gradient, its groups have one reward each: more "
-                                 "--episodes, or a policy that wins now and then")
-            if args.report:
+        mine = [row for row in rows if row["model"] == folder]
+        if any("plain" in row for row in mine):
+            if args.report and "shown" in vars(run):
                 seen_of.held_out[folder] = run.shown
-            print(table(folder, [row for row in rows if row["model"] == folder]) + "\n", flush=True)
+            print(table(folder, mine) + "\n", flush=True)
+        elif mine:
+            print(f"{folder}: no draw has a gradient, all episodes of a group have one reward: take more "
+                  "--episodes, or a policy that wins now and then\n", flush=True)
         if probes:
             seen = encode(probes, chat)
             grams = probe_kernel(engine.model, seen, here.temperature)
@@ -321,10 +324,12 @@ def main():
             probes = probe_file(args, pool) if args.probes else None
             rows, seen_of = measure_all(args, pool, games, probes)
         picture = lambda name: os.path.join(args.out, name)
+        if args.draws and not rows and not probes:
+            raise ValueError("there is nothing to show: see above")
         if rows:
             draw_danger_zone(rows, picture("danger_zone.png"))
-        if args.after:
-            first = [row for row in rows if row["model"] == args.model[0]]
+        first = [row for row in rows if row["model"] == args.model[0]]
+        if args.after and first:
             draw_fate(fate_points([(args.model[0], first, fates(args.after))]), picture("fate.png"))
         draw_kernels(seen_of.grams, picture("kernel.png"))
         if args.report:
