@@ -31,7 +31,7 @@ groups apart, and the change adds up over blocks, so that a resample draws block
 independently, games from the other. Eight blocks are few: this interval is coarse (deviations are widened by
 sqrt(8/7): Rao & Wu 1988). Several draws, each with its own games and samples: Student's t over the draws;
 their ratio is that of the means, its interval by jackknife over the draws; --blocks 1 is then enough, and
-costs a third less. A draw whose groups all have one reward has no gradient: it is counted and left out.
+with --no-adam costs a third less. A draw whose groups all have one reward has no gradient: it is counted and left out.
 
 **The kernel**, which explains the ratio: how alike are the policy gradients of two actions? `probe_kernel`,
 on the probes of support/probes.py. What the layers make of them: support/representation.py. Coupling while a
@@ -55,7 +55,7 @@ from games.pool import EnvPool
 from rollout import flaw_rates
 from support.batches import deal, forward, micro_batches, sampled_logprobs
 from support.coupling_figures import draw_danger_zone, draw_fate, draw_kernels, fate_points
-from support.coupling_page import write_page
+from support.coupling_page import PICTURES, write_page
 from support.coupling_report import fates, paired, summarize, table, write_lines
 from support.coupling_run import (KeptRows, as_run, checkpoint_moments, choose_games, collect,
                                   parse_arguments, prepare)
@@ -65,6 +65,7 @@ from support.representation import representation, representation_table
 from support.setup import player
 
 PARTS = ("unflawed", "flawed")  # of the gradient: G_u, G_f
+MOMENT_BLOCKS = 8  # of each half of the games, for Adam's second moments
 
 
 # ----------------------------------------------------------------------------------------- the split update
@@ -168,8 +169,9 @@ def action_logprobs(args, run, batch, mask):
 
 
 def second_moments(args, run, batches):
-    """Adam's v, estimated: the mean square of the gradients of all blocks of the batches, each on its own."""
-    blocks = [batch.part(block) for batch in batches for block in deal(batch, args.blocks)]
+    """Adam's v, estimated: the mean square of the gradients of some blocks of the batches, each on its own.
+    (How many is fixed: v must not depend on how intervals are made.)"""
+    blocks = [batch.part(block) for batch in batches for block in deal(batch, MOMENT_BLOCKS)]
     v = [torch.zeros_like(p) for p in run.model.parameters()]
     for part in blocks:
         part.token_weights = part.token_weights / part.token_weights.sum()  # as if an optimizer step's batch
@@ -273,7 +275,8 @@ def measure_all(args, pool, games, probes):
             raise ValueError("--temperature must be positive: greedy episodes of a group are all the same")
         weights = norm(engine.model.parameters())  # tells a folder's policy from another put in its place
         v = None if args.no_adam else checkpoint_moments(folder, engine.model)
-        parts = (2 - args.no_adam) * (2 * args.blocks + 1) + (0 if args.no_adam or v else 2 * args.blocks)
+        parts = (2 - args.no_adam) * (2 * args.blocks + 1)
+        parts += 0 if args.no_adam or v else 2 * min(MOMENT_BLOCKS, count // 2)
         parts += -(-count // max(1, args.batch // args.group_size))  # of playing
         with progress(folder, args.draws * parts, " parts") as bar:
             run = as_run(here, engine.model, bar, engine=engine, chat=chat, pool=pool)
@@ -309,8 +312,6 @@ def measure_all(args, pool, games, probes):
             write_lines(os.path.join(args.out, "kernel.jsonl"), lines)
     if len(args.model) > 1 and args.draws:
         print(paired(args.model, rows))
-    if rows:
-        write_lines(kept.path, rows)  # nothing of other policies that were measured there before
     return [row for row in rows if "plain" in row], seen_of
 
 
@@ -324,6 +325,8 @@ def main():
             probes = probe_file(args, pool) if args.probes else None
             rows, seen_of = measure_all(args, pool, games, probes)
         picture = lambda name: os.path.join(args.out, name)
+        for name in filter(os.path.exists, map(picture, PICTURES)):  # of what was measured there before
+            os.remove(name)
         if args.draws and not rows and not probes:
             raise ValueError("there is nothing to show: see above")
         if rows:

@@ -60,7 +60,7 @@ def by_arm(rows, experiment):
     arms = {}
     for row in sorted((row for row in rows if row["experiment"] == experiment), key=lambda row: row["seed"]):
         arms.setdefault(row["arm"], {})[row["seed"]] = outcomes(row)
-    return {arm: arms[arm] for arm in EXPERIMENTS[experiment][1] if arm in arms}
+    return {arm: arms[arm] for arm in (*EXPERIMENTS[experiment][1], *arms) if arm in arms}  # an arm that is run no more: last
 
 
 def paired(arm, baseline, outcome):
@@ -96,7 +96,7 @@ def per_episode(rows, experiment, level="L1"):
     """Markdown: how often each flaw is shown in an episode of the level's test games, before and after (shares of all steps
     change also where other steps go)."""
     lines = ["| arm | flaw | times per episode before | after | difference |", "| --- | --- | --- | --- | --- |"]
-    for arm in EXPERIMENTS[experiment][1]:
+    for arm in by_arm(rows, experiment):
         runs = [row for row in rows if (row["experiment"], row["arm"]) == (experiment, arm) and level in row["before"]]
         for key, name in (*FLAWS, ("revisited", "back")) if runs else ():
             before, after = ([row[when][level][key] * row[when][level]["steps"] for row in runs] for when in ("before", "after"))

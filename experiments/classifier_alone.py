@@ -13,10 +13,13 @@ takes
 and then coupling.py's split update (plain gradient) is measured with the same episodes for all arms: the
 second third gives the gradients, the third is held out. So arms differ by nothing but what they learnt.
 
+(the generative form after support/warmup.py's teach_words, as in train.py: first the two verdict words' own rows of the
+output layer, without lambda and without KL, since a policy that was never asked gives them e^-24).
+
 An arm is FORM:LAMBDA:LAYER, e.g. value:1:-1 (layer: which hidden state the head reads; generative: -1). Each
 has a control with the labels of its episodes permuted (support/controls.py: class balance and outcome stay),
 **at equal KL**: whichever of the two has moved further from the start is drawn back along the straight line
-to it until both have the same KL. The other control, stop-gradient, needs no run: nothing reaches the trunk,
+to it until both have the same KL, or nearly (`kl` in the rows). The other control, stop-gradient, needs no run: nothing reaches the trunk,
 so it is the start.
 
 Primary outcome, written down before the first run: ratio -leak / own of all flawed steps, value:1:-1, true
@@ -38,7 +41,7 @@ from games import levels
 from games.pool import EnvPool
 from support.batches import forward, make_question, micro_batches, sampled_logprobs
 from support.controls import shuffle
-from support.coupling_report import KINDS, NAMES, combine, gaps, over_draws, summarize, text
+from support.coupling_report import KINDS, NAMES, combine, gaps, over_draws, read_lines, summarize, text
 from support.coupling_run import as_run, collect, prepare
 from support.logs import Tally
 from support.setup import ADAMW, player
@@ -210,7 +213,8 @@ def main():
     if args.report:
         print(report(args.out))
         return
-    there = [json.loads(line) for line in open(args.out)] if os.path.exists(args.out) else []
+    there = read_lines(args.out)
+    settings = {name: value for name, value in vars(args).items() if name not in ("arms", "draws", "out", "report")}
     wanted = {(arm, labels) for arm in args.arms for labels in ("true", "permuted")} | {("start", None)}
     vars(args).update(  # as train.py and coupling.py have them by default
         env="alfworld", engine="torch", precision="float32", device="cpu", shard=False, temperature=None,
@@ -223,10 +227,12 @@ def main():
     games = levels.sample_games(games, args.draws * count, args.seed)
     with EnvPool(1) as pool:
         for draw in range(args.draws):
-            if {(row["arm"], row.get("labels")) for row in there if row["draw"] == draw} >= wanted:
+            done = {(row["arm"], row.get("labels")) for row in there if row["draw"] == draw and row.get("settings") == settings}
+            if done >= wanted:
                 continue
 
             def write(row):
+                row["settings"] = settings
                 there[:] = [old for old in there if (old["draw"], old["arm"], old.get("labels")) !=
                             (row["draw"], row["arm"], row.get("labels"))] + [row]
                 with open(args.out + ".partial", "w") as file:

@@ -43,7 +43,7 @@ def draw_danger_zone(rows, path):
     draws.
     """
     models = list(dict.fromkeys(row["model"] for row in rows))
-    rules = [rule for rule in ("plain", "adam") if rule in rows[0]]
+    rules = [rule for rule in ("plain", "adam") if all(rule in row for row in rows)]
     figure, axes = plt.subplots(1, len(rules), figsize=(6.2 * len(rules), 5.6), squeeze=False,
                                 constrained_layout=True)
     for axis, rule in zip(axes[0], rules):
@@ -68,7 +68,7 @@ def draw_danger_zone(rows, path):
                     axis.errorbar([-own], [leak], fmt="none", color=color, capsize=3, elinewidth=1, **bars)
                 points += [-own, leak]
                 if len(mine) > 1:
-                    single = [(-row[rule][kind]["own"], row[rule][kind]["leak"]) for row in mine]
+                    single = [(-row[rule][kind]["own"], row[rule][kind]["leak"]) for row in mine if kind in row[rule]]
                     axis.plot(*zip(*single), marker, color=color, alpha=0.3, markersize=4)
         reach = reach if len(reach) > 1 else points
         low, high = min(reach), max(reach)

@@ -88,9 +88,8 @@ def write_page(args, rows, episodes, seen_of):
         table of the model's kernel).
     """
     sections = split_sections(args.model, rows)
-    drawn = {"danger_zone.png": rows, "fate.png": args.after, "kernel.png": seen_of.scores}
     for name, title in PICTURES.items():
-        if drawn[name]:  # now: the folder may hold older ones
+        if os.path.exists(os.path.join(args.out, name)):
             sections.append(section(title, picture=os.path.join(args.out, name)))
     for model, cells in seen_of.layers.items():
         table = f"{seen_of.said[model]}\n\n{representation_table(cells)}"

@@ -79,7 +79,7 @@ def summarize(found, share, held_out, draws=2000, seed=0):
         for name, values in quantities(*redrawn).items():
             value = float(quantities(leak, own)[name])
             row[name] = None if math.isnan(value) else value
-            row[f"{name}_low"], row[f"{name}_high"] = interval(values)
+            row[f"{name}_low"], row[f"{name}_high"] = interval(values) if B > 1 else (None, None)  # one cannot vary
         result[kind] = row
     return result
 
@@ -134,11 +134,12 @@ def ratio_of(cells):
 
 
 def combine(rows, rule, kind):
-    """{name: (value, low, high)} over a model's draws; of a single draw with the bootstrap's intervals."""
-    cells = [row[rule].get(kind) for row in rows]
-    if len(cells) == 1 and cells[0]:
+    """{name: (value, low, high)} over those of a model's draws that have this kind; of a single draw with the
+    bootstrap's intervals."""
+    cells = [row[rule][kind] for row in rows if kind in row[rule]]
+    if len(rows) == 1 and cells:
         return {name: tuple(cells[0][name + end] for end in ("", "_low", "_high")) for name in NAMES}
-    if not all(cells):
+    if not cells:
         return {name: (None, None, None) for name in NAMES}
     found = {name: over_draws([one[name] for one in cells]) for name in NAMES if name != "ratio"}
     return found | {"ratio": jackknife(ratio_of(cells), len(cells))}
@@ -184,9 +185,10 @@ def table(model, rows):
             _, low, high = cells["net"] if kind != "good" else (None, None, None)
             said = "" if low is None else "grows" if low > 0 else "falls" if high < 0 else "open"
             steps = sum(row[rule][kind]["steps"] for row in rows if kind in row[rule])
-            shown = "".join(f"{text(*cells[name]):26}" for name in NAMES[:3])
+            shown, there = "".join(f"{text(*cells[name]):26}" for name in NAMES[:3]), sum(kind in row[rule] for row in rows)
             ratio = text(*cells["ratio"], 2) if kind != "good" else ""
-            lines.append(f"  {kind:20}{said:10}{steps:8}   {shown}{ratio}")
+            name = kind + (f" ({there} draws)" if there < len(rows) else "")
+            lines.append(f"  {name:24}{said:6}{steps:8}   {shown}{ratio}")
         worst = max(cell["additivity"] for row in rows for cell in row[rule].values())
         lines.append(f"  additivity: leak + own is the change along the whole gradient to within "
                      f"{100 * worst:.2g}% of |leak| + |own|")
@@ -210,10 +212,10 @@ def paired(models, rows):
 
 
 def gaps(first, second, rule, kind):
-    """{name: (value, low, high)} of the second's rows minus the first's, paired draw by draw; {} where a draw
-    has nothing of this kind."""
-    pairs = [(a[rule].get(kind), b[rule].get(kind)) for a, b in zip(first, second)]
-    if not all(a and b for a, b in pairs):
+    """{name: (value, low, high)} of the second's rows minus the first's, paired draw by draw, over the draws
+    where both have this kind; {} where there is none."""
+    pairs = [(a[rule][kind], b[rule][kind]) for a, b in zip(first, second) if kind in a[rule] and kind in b[rule]]
+    if not pairs:
         return {}
     a, b = zip(*pairs)
     found = {name: over_draws([y[name] - x[name] for x, y in pairs]) for name in NAMES if name != "ratio"}

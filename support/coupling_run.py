@@ -79,7 +79,8 @@ def checkpoint_moments(folder, model):
     if not os.path.exists(path):
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["optimizer"]["state"]
+        saved = torch.load(path, map_location="cpu", weights_only=True)["optimizer"]
+        state = saved["state"] if saved else {}  # cold_start.py's has none
     except Exception as error:  # a truncated file makes torch raise all sorts of things
         raise ValueError(f"{path} cannot be read ({type(error).__name__}): without that file Adam's second "
                          "moments are estimated") from error
@@ -91,14 +92,17 @@ def checkpoint_moments(folder, model):
 
 class KeptRows:
     """results.jsonl: each row is written when it is there, so that a command that was stopped goes on. Rows of
-    other settings, other policies or other games are replaced."""
+    other settings go to results.old.jsonl, those of another policy or of other games are replaced."""
 
     FREE = {"model", "out", "report", "draws", "after", "probes", "probe_count", "workers", "micro_tokens"}
 
     def __init__(self, path, args):
         """args: of this command; but for those that are FREE to differ, a row's must be the same."""
         self.path, self.settings = path, self._settings(vars(args))
-        self.rows = [row for row in read_lines(path) if self._settings(row.get("args", {})) == self.settings]
+        there = read_lines(path)
+        self.rows = [row for row in there if self._settings(row.get("args", {})) == self.settings]
+        if len(self.rows) < len(there):
+            write_lines(os.path.splitext(path)[0] + ".old.jsonl", there)
 
     def _settings(self, args):
         return {name: value for name, value in args.items() if name not in self.FREE}
@@ -108,13 +112,13 @@ class KeptRows:
         measured."""
         names = {game.name for game in games}
         for row in self.rows:
-            if about.items() <= row.items() and set(sum(row["games"], [])) == names:
+            if about.items() <= row.items() and set(sum(row["games"], [])) <= names:  # bad games were skipped
                 return row
         return None
 
     def add(self, row):
-        """A row that was measured, in place of one of the same draw."""
-        same = lambda old: all(old[name] == row[name] for name in ("model", "draw"))
+        """A row that was measured, in place of one of the same draw, or of what lay in this folder before."""
+        same = lambda old: old["model"] == row["model"] and (old["draw"] == row["draw"] or old["weights"] != row["weights"])
         self.rows = [old for old in self.rows if not same(old)] + [row]
         write_lines(self.path, self.rows)
 
@@ -122,8 +126,8 @@ class KeptRows:
 def parse_arguments():
     parser, group = make_parser("Measure the gradient coupling of policies.")
     flag = group("most used")
-    flag("--model", action="append", required=True, help="(needed) Hugging Face folder or hub name; several are "
-         "paired: measured on the same games")
+    flag("--model", action="append", required=True, help="(needed) `smollm2`, a folder, hub name or .gguf file; "
+         "several are paired: measured on the same games")
     flag("--draws", type=int, default=1, help="how often, each time on games and samples of its own; 0: "
          "--probes alone")
     flag("--episodes", type=int, default=256, help="per draw; half of the games give the gradients, the "
@@ -131,7 +135,7 @@ def parse_arguments():
     flag("--probes", metavar="FILE", help="measure kernel and representation, too, on the probes in this "
          "file; where there is none, it is made")
     flag("--out", default="runs/coupling", help="folder for results and pictures; a command that was stopped goes on "
-         "there, other results are replaced")
+         "there (with --report each draw is measured again)")
     flag("--report", metavar="FILE", help="write a page to look at: tables, pictures, probes, held-out steps")
     flag = group("what is measured")
     flag("--group-size", type=int, default=8, help="episodes per game (G)")

@@ -59,7 +59,7 @@ def linear_accuracy(states, probes, folds=5, draws=1000, seed=0):
     label = numpy.array([-1.0 if p.flawed else 1.0 for p in probes])                             # (n,)
     names, game = numpy.unique([p.game for p in probes], return_inverse=True)
     fold = rng.permutation(len(names))[game] % folds                                             # (n,)
-    X, right = states.double().numpy(), numpy.zeros(len(probes))
+    X, right = states.double().numpy(), numpy.full(len(probes), 0.5)
     for k in range(folds):
         fitted, asked = fold != k, fold == k
         if not asked.any() or len(set(label[fitted])) < 2:

@@ -7,7 +7,7 @@ second term keeps the policy where it is. First the words: 24 nats of L_cls have
 term, and forty updates of all weights on both wiped out a policy of half a million parameters (70% malformed answers). But
 most of the 24 nats say no more than that the two words never follow; that stands in the words' own rows of the output layer,
 which no action uses (`teach_words`; as in Kumar et al. 2022, "Fine-tuning can distort pretrained features": first the head,
-then all). Every arm of a comparison gets the same updates on the same episodes, GRPO alone
+then all). But for that every arm of a comparison gets the same updates on the same episodes, GRPO alone
 with the second term only (a control's labels are a control's here, too); evaluation "before" comes after them, where RL
 starts. The KL's reference stays the policy before them (`--model`), so the KL is not 0 in the first iteration.
 """
@@ -22,6 +22,8 @@ from support.controls import CONTROLS
 from support.batches import forward, lay_out, micro_batches
 from support.logs import progress
 from support.setup import ADAMW, check_episodes
+
+ENOUGH = 20  # supervised updates to undo what the words' rows alone do: they make the words likely everywhere
 
 
 def warm_up(run, label, weigh):
@@ -43,7 +45,9 @@ def warm_up(run, label, weigh):
         batch.labels = CONTROLS[args.control](batch, int(torch.randint(2**31, (), generator=generator)))
         return weigh(args, batch, int(torch.randint(2**31, (), generator=generator)))
 
-    words = teach_words(run.model, draw, run.question, args.micro_tokens, args.seed, args.temperature) if run.question else 0
+    words = 0
+    if run.question and args.warmup_updates >= ENOUGH:
+        words = teach_words(run.model, draw, run.question, args.micro_tokens, args.seed, args.temperature)
     if words:
         print(f"warm-up: {words} updates of the verdicts' own rows of the output layer", flush=True)
     first, last = supervise(run.model, optimizer, draw, run.question, run.value_head, args.warmup_updates,
@@ -57,10 +61,11 @@ def teach_words(model, draw, question, max_tokens=8192, seed=0, temperature=1.0,
     """Updates of the verdict words' rows of the output layer, and of nothing else, on the loss of `supervise`, until L_cls
     is at most `enough` nats (a guess between the two words is 0.7).
 
-    Returns how many it took: 0 for a model that knows the words, or whose output layer is not trained (LoRA).
+    Returns how many it took: 0 for a model that knows the words, or whose output layer is not trained (LoRA) or is the
+    embeddings, too (then actions read these rows).
     """
     weight = model.get_output_embeddings().weight
-    if not weight.requires_grad:
+    if not weight.requires_grad or weight is model.get_input_embeddings().weight:
         return 0
     rows = sorted({token for ids in question.verdicts.values() for token in ids})
     optimizer, generator = torch.optim.Adam([weight], lr=rate), torch.Generator().manual_seed(seed)

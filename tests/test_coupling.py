@@ -18,7 +18,7 @@ import toy_bandit
 from games.players import play_expert
 from games import levels
 from rollout import Episode, Step
-from support import coupling_report, coupling_run, probes
+from support import coupling_report, coupling_run, policies, probes
 
 ARGS = dict(temperature=1.0, micro_tokens=8192, credit="grpo", weighting="token")
 
@@ -151,6 +151,12 @@ def test_leak_and_own_add_up_to_a_real_sgd_step(model, chat, episodes):
     again = split(model, chat, episodes)[0]["plain"]["change"]
     assert torch.equal(again, found["plain"]["change"])  # nothing was moved for good
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights))
+
+
+def test_a_cold_starts_file_has_no_second_moments(model, tmp_path):
+    """Regression: cold_start.py saves a trainer.pt without an optimizer, which was taken for a broken one."""
+    torch.save({"optimizer": None}, tmp_path / "trainer.pt")
+    assert coupling_run.checkpoint_moments(str(tmp_path), model) is None
 
 
 def test_one_block_is_the_sum_of_several(model, chat, episodes):
@@ -414,12 +420,17 @@ def test_a_command_that_was_stopped_goes_on(monkeypatch, tmp_path, capsys):
     command(monkeypatch, *arguments, "--temperature", 0.9)
     other = [json.loads(line) for line in open(out / "results.jsonl")]
     assert len(other) == 2 and "mark" not in other[0] and other[0]["plain"] != first["plain"]
-    monkeypatch.setattr(coupling, "norm", lambda tensors: 1.0)  # as if its weights had been replaced
-    kept = coupling_run.KeptRows(out / "results.jsonl", argparse.Namespace(**other[0]["args"]))
-    games = [SimpleNamespace(name=name) for name in sum(other[0]["games"], [])]
-    about = {key: other[0][key] for key in ("model", "weights", "draw", "seed")}
-    assert kept.find(about, games) == other[0]
-    assert kept.find(about | {"weights": 1.0}, games) is None and kept.find(about, games[1:]) is None
+    kept = [json.loads(line) for line in open(out / "results.old.jsonl")]
+    assert [row["draw"] for row in kept] == [0, 1] and kept[0] == first  # nothing that took hours is lost
+    marked = [row | {"mark": 1} for row in other]
+    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in marked))
+    load_policy, save_policy = policies.load_policy, policies.save_policy
+    model, tokenizer = load_policy(policy)
+    model.lm_head.weight.data[0] += 1.0
+    shutil.rmtree(policy)
+    save_policy(policy, model, tokenizer, prompt="short")
+    command(monkeypatch, *arguments, "--temperature", 0.9)
+    assert not any("mark" in json.loads(line) for line in open(out / "results.jsonl"))
 
 
 def test_a_draw_without_gradient_is_left_out_and_counted(monkeypatch, tmp_path, capsys):

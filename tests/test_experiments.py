@@ -135,12 +135,15 @@ def test_prediction_points_by_hand(tmp_path, monkeypatch):
     assert [cell["net"] for cell in cells] == [0.2]
 
 
-def test_an_interval_of_the_rank_correlation_knows_what_is_uncertain():
-    """Where draws and runs agree resampling changes nothing; where they do not, it does."""
+def test_the_spread_of_the_rank_correlation_knows_what_is_uncertain():
+    """Where draws and runs agree resampling changes nothing; where they do not, it does, unless one start's draws move all
+    of its flaws together."""
     sure = [("a", str(i), [{"net": x}] * 3, [y] * 3) for i, (x, y) in enumerate([(0, 3), (1, 2), (2, 1), (3, 0), (4, 4)])]
     value, within, among = prediction.correlation(sure, "net")
     assert value == pytest.approx(0.0) and within == pytest.approx((0.0, 0.0))
     assert among[0] == pytest.approx(-among[1]) and among[1] == pytest.approx(0.8822, abs=1e-3)  # tanh(1.96 / sqrt 2)
-    unsure = [("a", str(i), [{"net": x}, {"net": x + 6}], [y, y]) for i, (x, y) in enumerate([(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)])]
+    together = [("a", str(i), [{"net": x}, {"net": x + 6}], [y, y]) for i, (x, y) in enumerate([(0, 0), (1, 1), (2, 2), (3, 3)])]
+    assert prediction.correlation(together, "net")[1] == pytest.approx((1.0, 1.0))
+    unsure = [(str(i), "flaw", [{"net": x}, {"net": x + 6}], [y, y]) for i, (x, y) in enumerate([(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)])]
     value, (low, high), _ = prediction.correlation(unsure, "net")
     assert value == pytest.approx(1.0) and low < 0.3 < high

@@ -16,7 +16,7 @@ from support import coupling_dynamics, curves, policies, probes
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = ["--games", "generated", "--iterations", "3", "--tasks", "2", "--group-size", "6", "--max-steps", "10",
          "--eval-games", "1", "--save-every", "1", "--workers", "1", "--classifier", "both", "--seed", "2",
-         "--warmup-updates", "1"]
+         "--warmup-updates", "1"]  # too few for teach_words, which they could not make good
 WATCHED = ("probe_", "leak_", "own_")
 
 
