@@ -154,7 +154,7 @@ def draw_fate(points, path, of="share of steps"):
     points: as `fate_points` has them. Upwards: how common the flaw is after training over before, on the same
     games, `of` what; below 1 it was unlearnt.
     """
-    figure, axes = plt.subplots(1, len(points), figsize=(6.8 * len(points), 5), squeeze=False,
+    figure, axes = plt.subplots(1, len(points), figsize=(6.8 * len(points) + 2.6, 5), squeeze=False,
                                 constrained_layout=True)
     for axis, (rule, of_rule) in zip(axes[0], points.items()):
         names = list(dict.fromkeys(name for name, *_ in of_rule))
@@ -169,7 +169,7 @@ def draw_fate(points, path, of="share of steps"):
         axis.set(title={"plain": "plain gradient", "adam": "through Adam"}[rule], ylim=(0, None),
                  xlabel="leak + own correction at the start, nats per unit step, 95% interval\n"
                  "(right of the line: danger zone)", ylabel=f"{of}, after / before RL (a point a run)")
-        axis.legend(fontsize=8)
+    axes[0, -1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))  # beside: it would hide points
     save(figure, path)
 
 
