@@ -424,11 +424,10 @@ def test_a_command_that_was_stopped_goes_on(monkeypatch, tmp_path, capsys):
     assert [row["draw"] for row in kept] == [0, 1] and kept[0] == first  # nothing that took hours is lost
     marked = [row | {"mark": 1} for row in other]
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in marked))
-    load_policy, save_policy = policies.load_policy, policies.save_policy
-    model, tokenizer = load_policy(policy)
-    model.lm_head.weight.data[0] += 1.0
+    model, tokenizer = policies.load_policy(policy)
+    model.lm_head.weight.data *= 1.001  # another policy, if hardly
     shutil.rmtree(policy)
-    save_policy(policy, model, tokenizer, prompt="short")
+    policies.save_policy(str(policy), model, tokenizer, prompt="short")
     command(monkeypatch, *arguments, "--temperature", 0.9)
     assert not any("mark" in json.loads(line) for line in open(out / "results.jsonl"))
 
