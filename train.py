@@ -1,7 +1,8 @@
 """GRPO with the good/bad classifier (GCD) on text games, the whole loop.
 
-    python train.py --env alfworld                        # laptop, no GPU, no data: 5 to 10 minutes
-    python train.py --env alfworld --classifier none      # GRPO alone, the baseline
+    python train.py --env alfworld                        # GRPO alone; laptop, no GPU, no data: 5 to 10 minutes
+    python train.py --env alfworld --classifier value     # with the remedy, L_cls (or generative, both)
+    python train.py --env alfworld --credit adca          # the same labels in the advantage instead
     python train.py --env alfworld --games official       # ALFWorld's own games (set ALFWORLD_DATA)
     python train.py --env alfworld --model Qwen/Qwen2.5-1.5B-Instruct --lr 1e-6
     accelerate launch --num_processes 8 train.py --model ... --engine vllm     # each plays and learns a share
@@ -202,8 +203,9 @@ def parse_arguments():
     flag("--level", default="L1", choices=levels.LEVELS, help="what is trained and tested: games/levels.py")
     # The tiny policy starts inside the danger zone: it has learnt from a careless expert (cold_start.py).
     flag("--model", default="tiny", help="`tiny`, `smollm2`, a folder, hub name or .gguf file")
-    flag("--classifier", default="value", choices=["none", "generative", "value", "both"],
-         help="the form of L_cls")
+    # None by default, since neither form won more games or had fewer flaws where it was tried: docs/experiment.md.
+    flag("--classifier", default="none", choices=["none", "generative", "value", "both"],
+         help="the form of L_cls, the remedy; none: GRPO alone")
     # What counts beside GRPO's gradient is the ratio of the two norms (--norms-every), since Adam divides the
     # common scale out. An untaught question at lambda = 0.3 had 40 times GRPO's norm and wiped a policy out.
     flag("--classifier-coef", type=float, default=0.3, help="lambda")

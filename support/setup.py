@@ -73,6 +73,8 @@ def check(args, error):
         error("--shard and --lora-rank do not go together here: with LoRA one process holds the frozen weights whole")
     if args.shard and args.warmup_updates:
         error("--shard needs --warmup-updates 0: the warm-up runs on one process")
+    if args.control != "none" and args.classifier == "none":
+        error(f"--control {args.control} takes something from L_cls: add --classifier value")
     if args.control == "stop-gradient" and args.classifier != "value":
         error("--control stop-gradient goes with --classifier value: the generative form has no head of its own to learn")
     if args.labels == "critic" and not (args.critic_url and args.critic_model):

@@ -85,7 +85,7 @@ def test_training_with_vllm(start, options, tmp_path):
     out = str(tmp_path / "run")
     done = subprocess.run([sys.executable, *start, "--games", "generated", "--engine", "vllm", "--engine-memory", "0.1",
                            "--iterations", "2", "--tasks", "2", "--group-size", "4", "--max-steps", "4", "--eval-games", "3",
-                           "--workers", "2", "--out", out, *options], cwd=ROOT, capture_output=True, text=True,
+                           "--workers", "2", "--classifier", "value", "--out", out, *options], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     with open(os.path.join(out, "metrics.jsonl")) as file:
