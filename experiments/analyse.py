@@ -92,17 +92,25 @@ def table(arms, wanted, baseline):
     return "\n".join(lines)
 
 
-def per_episode(rows, experiment, level="L1"):
+def per_episode(rows, experiment, baseline="none", level="L1"):
     """Markdown: how often each flaw is shown in an episode of the level's test games, before and after (shares of all steps
-    change also where other steps go)."""
+    change also where other steps go), and what an arm ends with more than the baseline, paired by seed."""
     lines = ["| arm | flaw | times per episode before | after | difference |", "| --- | --- | --- | --- | --- |"]
-    for arm in by_arm(rows, experiment):
-        runs = [row for row in rows if (row["experiment"], row["arm"]) == (experiment, arm) and level in row["before"]]
-        for key, name in (*FLAWS, ("revisited", "back")) if runs else ():
-            before, after = ([row[when][level][key] * row[when][level]["steps"] for row in runs] for when in ("before", "after"))
-            changes = [b - a for a, b in zip(before, after)]
-            lines.append(f"| {arm} | {name} | " + " | ".join(
-                shown(*mean_and_half(values), digits=2) for values in (before, after, changes)) + " |")
+    line = lambda arm, name, *cells: lines.append(f"| {arm} | {name} | " + " | ".join(
+        shown(*mean_and_half(values), digits=2) if values else "" for values in cells) + " |")
+    runs = {arm: {row["seed"]: row for row in rows if (row["experiment"], row["arm"]) == (experiment, arm) and level in row["before"]}
+            for arm in by_arm(rows, experiment)}
+    kinds = (*FLAWS, ("revisited", "back"), ("malformed", "malformed"), ("steps", "(steps)"))
+    count = lambda row, when, key: row[when][level].get(key, 0.0) * (1 if key == "steps" else row[when][level].get("steps", numpy.nan))
+    for arm, of_seed in runs.items():
+        for key, name in kinds if of_seed else ():
+            before, after = ([count(row, when, key) for row in of_seed.values()] for when in ("before", "after"))
+            line(arm, name, before, after, [b - a for a, b in zip(before, after)])
+    for arm, of_seed in runs.items():
+        both = sorted(set(of_seed) & set(runs.get(baseline, {})))
+        for key, name in kinds if arm != baseline and both else ():
+            line(f"{arm} - {baseline}, {len(both)} pairs", name, [], [],
+                 [count(of_seed[seed], "after", key) - count(runs[baseline][seed], "after", key) for seed in both])
     return "\n".join(lines)
 
 
@@ -220,9 +228,10 @@ def main():
     parser.add_argument("experiment", choices=list(EXPERIMENTS))
     parser.add_argument("--results", default=os.path.join(HERE, "results.jsonl"))
     parser.add_argument("--baseline", default="none", help="what the other arms are compared with")
+    parser.add_argument("--arms", nargs="+", help="these alone (default: all that have rows)")
     parser.add_argument("--out", help="picture to write")
     args = parser.parse_args()
-    rows = read_rows(args.results)
+    rows = [row for row in read_rows(args.results) if not args.arms or row["arm"] in args.arms]
     arms = by_arm(rows, args.experiment)
     if not arms:
         sys.exit(f"analyse.py: no rows of {args.experiment} in {args.results}: python experiments/run.py {args.experiment}")
@@ -233,7 +242,7 @@ def main():
     print(f"{args.experiment}, % (each seed; mean ± half of the 95% t interval over seeds)\n\n"
           f"{table(arms, first, args.baseline)}\n\n{table(arms, flaws, args.baseline)}")
     if "L1 before" in known:
-        print(f"\n{per_episode(rows, args.experiment)}")
+        print(f"\n{per_episode(rows, args.experiment, args.baseline)}")
     coupling = coupling_table(rows, args.experiment, args.baseline)
     print(f"\nNats per unit step; 95% t intervals over seeds, of ratios by jackknife\n\n{coupling}" if coupling else "", end="\n")
     if args.out:

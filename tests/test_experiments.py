@@ -90,6 +90,19 @@ def test_ratios_over_training_are_paired_by_seed():
     assert analyse.coupling_table([{"experiment": "x", "arm": "none", "seed": 0}], "x", "none") == ""
 
 
+def test_flaws_per_episode_are_share_times_steps_and_paired_by_seed():
+    def row(arm, seed, share, steps):
+        one = {"inadmissible": share, "repeated": 0.0, "no_effect": 0.0, "revisited": 0.0, "malformed": 0.0, "success": 0.5}
+        return {"experiment": "classifier", "arm": arm, "seed": seed, "training": [one],
+                "before": {"L1": one | {"inadmissible": 0.5, "steps": 20.0}}, "after": {"L1": one | {"steps": steps}}}
+
+    rows = [row("none", 0, 0.5, 10.0), row("none", 1, 0.5, 14.0), row("value", 1, 0.75, 16.0)]
+    text = analyse.per_episode(rows, "classifier")
+    assert "| none | inadmissible | 10.00 ± 0.00 | 6.00 ± 12.71 | -4.00 ± 12.71 |" in text  # 5 and 7; t(0.975, 1) = 12.706
+    assert "| value | inadmissible | 10.00 | 12.00 | 2.00 |" in text
+    assert "| value - none, 1 pairs | inadmissible |  |  | 5.00 |" in text and "| (steps) |  |  | 2.00 |" in text
+
+
 def test_what_a_run_ends_with_is_evaluated_once(tmp_path, monkeypatch):
     asked = []
 
