@@ -170,7 +170,9 @@ def draw_coupling(rows, experiment, path, kinds=("inadmissible", "repeated")):
         axis.axhline(0, color="grey", lw=0.8)
         axis.set(xlabel="iteration", title=kind)
     axes[0].set_ylabel("nats per unit step; where the full line is\nabove the broken one: danger zone")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=7, loc="lower left", ncol=2)
+    low, high = axes[0].get_ylim()
+    axes[0].set_ylim(low - 0.25 * (high - low), high)  # room for it
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
