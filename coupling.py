@@ -31,7 +31,8 @@ groups apart, and the change adds up over blocks, so that a resample draws block
 independently, games from the other. Eight blocks are few: this interval is coarse (deviations are widened by
 sqrt(8/7): Rao & Wu 1988). Several draws, each with its own games and samples: Student's t over the draws;
 their ratio is that of the means, its interval by jackknife over the draws; --blocks 1 is then enough, and
-with --no-adam costs a third less. A draw whose groups all have one reward has no gradient: it is counted and left out.
+with --no-adam costs a third less. A draw whose groups all have one reward has no gradient: it is counted and
+left out.
 
 **The kernel**, which explains the ratio: how alike are the policy gradients of two actions? `probe_kernel`,
 on the probes of support/probes.py. What the layers make of them: support/representation.py. Coupling while a
@@ -86,7 +87,7 @@ def split_update(args, run, first, held_out, mask, v=None):
     if v is not None:
         rules["adam"] = lambda G: [g / (moment.sqrt() + 1e-8) for g, moment in zip(G, v)]
     again, blocks = lambda: action_logprobs(args, run, held_out, mask), deal(first, args.blocks)
-    only = list(parts_of(args, run, first)) if len(blocks) == 1 else None  # add up to the whole: no third pass
+    only = list(parts_of(args, run, first)) if len(blocks) == 1 else None  # their sum is the whole
     before, G = again(), [sum(g) for g in zip(*only)] if only else ascent(args, run, first)     # (S,)
     found, share, distance = {}, [], {}
     for rule, direct in rules.items():

@@ -1,6 +1,6 @@
 """GRPO with the good/bad classifier (GCD) on text games, the whole loop.
 
-    python train.py --env alfworld                        # GRPO alone; laptop, no GPU, no data: 5 to 10 minutes
+    python train.py --env alfworld                        # GRPO alone; laptop, no GPU, no data: 5 minutes
     python train.py --env alfworld --classifier value     # with the remedy, L_cls (or generative, both)
     python train.py --env alfworld --credit adca          # the same labels in the advantage instead
     python train.py --env alfworld --games official       # ALFWorld's own games (set ALFWORLD_DATA)
@@ -203,7 +203,7 @@ def parse_arguments():
     flag("--level", default="L1", choices=levels.LEVELS, help="what is trained and tested: games/levels.py")
     # The tiny policy starts inside the danger zone: it has learnt from a careless expert (cold_start.py).
     flag("--model", default="tiny", help="`tiny`, `smollm2`, a folder, hub name or .gguf file")
-    # None by default, since neither form won more games or had fewer flaws where it was tried: docs/experiment.md.
+    # None by default: neither form won more or had fewer flaws where it was tried (docs/experiment.md).
     flag("--classifier", default="none", choices=["none", "generative", "value", "both"],
          help="the form of L_cls, the remedy; none: GRPO alone")
     # What counts beside GRPO's gradient is the ratio of the two norms (--norms-every), since Adam divides the

@@ -91,8 +91,8 @@ def checkpoint_moments(folder, model):
 
 
 class KeptRows:
-    """results.jsonl: each row is written when it is there, so that a command that was stopped goes on. Rows of
-    other settings go to results.old.jsonl, those of another policy or of other games are replaced."""
+    """results.jsonl: each row is written when it is there, so that a command that was stopped goes on. Rows
+    of other settings go to results.old.jsonl, those of another policy or of other games are replaced."""
 
     FREE = {"model", "out", "report", "draws", "after", "probes", "probe_count", "workers", "micro_tokens"}
 
@@ -118,7 +118,8 @@ class KeptRows:
 
     def add(self, row):
         """A row that was measured, in place of one of the same draw, or of what lay in this folder before."""
-        same = lambda old: old["model"] == row["model"] and (old["draw"] == row["draw"] or old["weights"] != row["weights"])
+        same = lambda old: old["model"] == row["model"] and (
+            old["draw"] == row["draw"] or old["weights"] != row["weights"])
         self.rows = [old for old in self.rows if not same(old)] + [row]
         write_lines(self.path, self.rows)
 
