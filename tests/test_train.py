@@ -288,7 +288,7 @@ def test_the_oracle_s_labels_are_trained_on_and_counted_in_all_four_cells(tmp_pa
     """The shipped policy wins some and loses some: whatever the label source, both outcomes show both classes."""
     out = str(tmp_path / "run")
     run = start("--games", "generated", "--iterations", "1", "--tasks", "4", "--group-size", "4", "--eval-games", "0", "--workers",
-                "1", "--warmup-updates", "0", "--labels", "oracle", "--credit", "adca", "--out", out)
+                "1", "--warmup-updates", "0", "--labels", "oracle", "--credit", "adca", "--classifier", "value", "--out", out)
     output = run.communicate()[0]
     assert run.returncode == 0, output
     row = metrics(out)[1]
