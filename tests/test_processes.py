@@ -79,7 +79,8 @@ def test_a_run_of_two_processes(how, tokenizer, tmp_path):
     model = policies.tiny_model(tokenizer, hidden=32, layers=2, heads=2, feed_forward=64, seed=0)
     policies.save_policy(folder, model, tokenizer, prompt="short")
     options = ["--games", "generated", "--model", folder, "--iterations", "2", "--tasks", "4", "--group-size", "2",
-               "--max-steps", "3", "--eval-games", "2", "--workers", "2", "--device", "cpu", "--save-every", "1", *how]
+               "--max-steps", "3", "--eval-games", "2", "--workers", "2", "--device", "cpu", "--save-every", "1",
+               "--classifier", "value", *how]
     done = launch("train.py", "--out", out, *options)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     assert "2 processes" in done.stdout and done.stdout.count("output ") == 1
