@@ -73,6 +73,8 @@ def compact(result):
     names = sorted(result["played"])
     found = {key: value for key, value in result.items() if key not in ("played", "bad_games")}
     played = [result["played"][name] for name in names]
+    if os.path.isabs(found.get("model") or ""):
+        found["model"] = os.path.relpath(found["model"], ROOT)  # which folder this project lies in is no result
     found |= {"won_by_game": "".join(str(int(game["won"])) for game in played),
               "steps_by_game": [game["steps"] for game in played]}
     if played and played[0].get("score") is not None:
