@@ -31,10 +31,11 @@ def save(figure, path):
 
 
 def common(rows, rule):
-    """The kinds of step that make up 1% of a model's held-out flawed ones or more. What a rarer one does is
-    noise, whose intervals would set the scale."""
+    """The kinds of step that every draw has and that make up 1% of a model's held-out flawed ones or more. What
+    a rarer one does is noise, whose intervals would set the scale."""
     count = lambda kind: sum((row[rule].get(kind) or {}).get("steps", 0) for row in rows)
-    return [kind for kind in FLAW_COLORS if count(kind) >= 0.01 * count("flawed")]
+    return [kind for kind in FLAW_COLORS
+            if count(kind) >= 0.01 * count("flawed") and all(kind in row[rule] for row in rows)]
 
 
 def draw_danger_zone(rows, path):
