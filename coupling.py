@@ -56,7 +56,7 @@ from games.pool import EnvPool
 from rollout import flaw_rates
 from support.batches import deal, forward, micro_batches, sampled_logprobs
 from support.coupling_figures import draw_danger_zone, draw_fate, draw_kernels, fate_points
-from support.coupling_page import PICTURES, write_page
+from support.coupling_page import write_page
 from support.coupling_report import fates, paired, summarize, table, write_lines
 from support.coupling_run import (KeptRows, as_run, checkpoint_moments, choose_games, collect,
                                   parse_arguments, prepare)
@@ -326,8 +326,6 @@ def main():
             probes = probe_file(args, pool) if args.probes else None
             rows, seen_of = measure_all(args, pool, games, probes)
         picture = lambda name: os.path.join(args.out, name)
-        for name in filter(os.path.exists, map(picture, PICTURES)):  # of what was measured there before
-            os.remove(name)
         if args.draws and not rows and not probes:
             raise ValueError("there is nothing to show: see above")
         if rows:
@@ -337,7 +335,8 @@ def main():
             draw_fate(fate_points([(args.model[0], first, fates(args.after))]), picture("fate.png"))
         draw_kernels(seen_of.grams, picture("kernel.png"))
         if args.report:
-            write_page(args, rows, probes, seen_of)
+            drawn = {"danger_zone.png": rows, "fate.png": args.after and first, "kernel.png": seen_of.grams}
+            write_page(args, rows, probes, seen_of, [name for name, there in drawn.items() if there])
         print(f"results and pictures: {args.out}" + (f", page: {args.report}" if args.report else ""))
     except OSError as error:
         sys.exit("coupling.py: " + (f"{error.filename}: {error.strerror}" if error.filename else str(error)))

@@ -1,6 +1,6 @@
 """GRPO with the good/bad classifier (GCD) on text games, the whole loop.
 
-    python train.py --env alfworld                        # GRPO alone; laptop, no GPU, no data: 5 minutes
+    python train.py --env alfworld                        # GRPO alone; no GPU, no data: 5 to 10 minutes
     python train.py --env alfworld --classifier value     # with the remedy, L_cls (or generative, both)
     python train.py --env alfworld --credit adca          # the same labels in the advantage instead
     python train.py --env alfworld --games official       # ALFWorld's own games (set ALFWORLD_DATA)

@@ -80,16 +80,16 @@ def probe_section(episodes, scores):
                    ["action", "it is", *(f"log pi, {model}" for model in scores), "in the game", "after"], lines)
 
 
-def write_page(args, rows, episodes, seen_of):
+def write_page(args, rows, episodes, seen_of, drawn):
     """Write --report. Raises OSError.
 
     Args: rows: of results.jsonl. episodes: of the file of probes, or None. seen_of: {model: ...} in each of `held_out`
         (arguments of `held_out_set`), `scores` (of `probe_section`), `layers` (of support/representation.py), `said` (the
-        table of the model's kernel).
+        table of the model's kernel). drawn: which of PICTURES there are; the folder may hold older ones.
     """
     sections = split_sections(args.model, rows)
     for name, title in PICTURES.items():
-        if os.path.exists(os.path.join(args.out, name)):
+        if name in drawn:
             sections.append(section(title, picture=os.path.join(args.out, name)))
     for model, cells in seen_of.layers.items():
         table = f"{seen_of.said[model]}\n\n{representation_table(cells)}"

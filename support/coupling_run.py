@@ -92,17 +92,23 @@ def checkpoint_moments(folder, model):
 
 class KeptRows:
     """results.jsonl: each row is written when it is there, so that a command that was stopped goes on. Rows
-    of other settings go to results.old.jsonl, those of another policy or of other games are replaced."""
+    of other settings wait in results.old.jsonl until a command has theirs again; those of another policy in the
+    same folder, or of other games, are replaced."""
 
     FREE = {"model", "out", "report", "draws", "after", "probes", "probe_count", "workers", "micro_tokens"}
 
     def __init__(self, path, args):
         """args: of this command; but for those that are FREE to differ, a row's must be the same."""
         self.path, self.settings = path, self._settings(vars(args))
-        there = read_lines(path)
-        self.rows = [row for row in there if self._settings(row.get("args", {})) == self.settings]
-        if len(self.rows) < len(there):
-            write_lines(os.path.splitext(path)[0] + ".old.jsonl", there)
+        aside = os.path.splitext(path)[0] + ".old.jsonl"
+        there, parts = read_lines(path) + read_lines(aside), ([], [])
+        for row in there:
+            parts[self._settings(row.get("args", {})) == self.settings].append(row)
+        others, self.rows = parts
+        if others or os.path.exists(aside):  # in this order: whatever happens in between, no row is lost
+            write_lines(path, there)
+            write_lines(aside, others)
+            write_lines(path, self.rows)
 
     def _settings(self, args):
         return {name: value for name, value in args.items() if name not in self.FREE}

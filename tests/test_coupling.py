@@ -422,6 +422,13 @@ def test_a_command_that_was_stopped_goes_on(monkeypatch, tmp_path, capsys):
     assert len(other) == 2 and "mark" not in other[0] and other[0]["plain"] != first["plain"]
     kept = [json.loads(line) for line in open(out / "results.old.jsonl")]
     assert [row["draw"] for row in kept] == [0, 1] and kept[0] == first  # nothing that took hours is lost
+    command(monkeypatch, *arguments)  # back to the settings before: they had only waited
+    assert json.loads((out / "results.jsonl").read_text().splitlines()[0]) == first
+    command(monkeypatch, *arguments, "--temperature", 0.9)
+    assert [json.loads(line) for line in open(out / "results.jsonl")] == other
+    os.replace(out / "results.jsonl", out / "results.old.jsonl")  # as if the others had been stopped at once
+    command(monkeypatch, *arguments, "--temperature", 0.9)
+    assert [json.loads(line) for line in open(out / "results.jsonl")] == other
     marked = [row | {"mark": 1} for row in other]
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in marked))
     model, tokenizer = policies.load_policy(policy)
