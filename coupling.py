@@ -5,14 +5,15 @@
     python coupling.py --model policies/tiny --probes runs/probes.jsonl       # kernel and representation, too
     python coupling.py --model policies/tiny --report runs/coupling/report.html  # one page of it
     python coupling.py --model policies/tiny --after runs/a runs/b          # what became of its flaws there
+    python coupling.py --model policies/tiny --level L2 --held-out test     # flaws in unseen kinds of task
 
 **The split update**: what training would do to this policy's flaws. The policy plays training games. On half
 of them the GRPO gradient, with the real advantages and token weights, is split by the tokens it comes from,
 
     G = sum_t w_t A_t grad log pi(t) = G_u + G_f       unflawed and flawed steps (rollout.Step.flawed)     (1)
 
-and a small step is taken along each part *alone*. How does log pi(action) change in the other half of the
-games, for each kind of flaw (rollout.FLAWS), for all flawed actions, and for good ones?
+and a small step is taken along each part *alone*. How does log pi(action) change in the other half (or in
+test games), for each kind of flaw (rollout.FLAWS), for all flawed actions, and for good ones?
 
     leak  = mean_x [log pi(x; theta + eta D_u) - log pi(x; theta)] / eta    what reinforcing the rest does (2)
     own   = the same along D_f                     what punishing flaws does: it corrects where it is negative

@@ -111,6 +111,7 @@ class KeptRows:
             write_lines(path, self.rows)
 
     def _settings(self, args):
+        args = {"held_out": "train"} | args  # rows from before there was a choice
         return {name: value for name, value in args.items() if name not in self.FREE}
 
     def find(self, about, games):
@@ -157,6 +158,8 @@ def parse_arguments():
     flag("--env", default="alfworld", choices=levels.ENVS, help="which text game")
     flag("--level", default="L1", choices=levels.LEVELS, help="whose training games are played (probes: "
          "whose test games)")
+    flag("--held-out", default="train", choices=["train", "test"], help="flaws are read in other training games, "
+         "or in the level's test games: with --level L2 in kinds of task that the gradient has not seen")
     flag("--games", default="auto", choices=["auto", "official", "generated"], help="ALFWorld's")
     flag("--task-types", nargs="+", help="these only (default: all; `short` for tiny policies of ours in "
          "ScienceWorld)")
@@ -206,8 +209,8 @@ def parse_arguments():
 
 
 def choose_games(args):
-    """Resolve what is automatic, in place; returns the games of all draws, none of them twice. Raises
-    FileNotFoundError or ValueError, one line."""
+    """Resolve what is automatic, in place; returns the games of all draws, none of them twice: for each draw those
+    that give the gradients, then as many held out. Raises FileNotFoundError or ValueError, one line."""
     for folder in args.model:  # a mistyped one is told now, not after hours of measuring the others
         load_policy(model_folder(folder))
     kind = levels.choose_games(args.games, args.env)
@@ -215,9 +218,17 @@ def choose_games(args):
     args.task_types = args.task_types or (["short"] if ours and args.env == "scienceworld" else None)
     args.max_steps = args.max_steps or levels.level_max_steps(args.env, args.level, kind, args.task_types)
     args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    games = levels.level_games(args.env, args.level, "train", args.games, args.task_types)
-    count = args.episodes // args.group_size
+    half = args.episodes // args.group_size // 2
+    if args.held_out == "train":
+        return _drawn(args, "train", 2 * half)
+    first, held_out = _drawn(args, "train", half), _drawn(args, "test", half)
+    return [game for d in range(0, args.draws * half, half) for game in first[d:d + half] + held_out[d:d + half]]
+
+
+def _drawn(args, part, count):
+    """`count` games for each draw of the level's "train" or "test", none of them twice. Raises ValueError."""
+    games, does = levels.level_games(args.env, args.level, part, args.games, args.task_types), part + "s"
     if args.draws * count > len(games):
-        raise ValueError(f"{args.draws} draws of {count} games each, and level {args.level} trains on "
+        raise ValueError(f"{args.draws} draws of {count} games each, and level {args.level} {does} on "
                          f"{len(games)} only: fewer --draws or --episodes")
     return levels.sample_games(games, args.draws * count, args.seed)

@@ -463,12 +463,28 @@ def test_a_draw_without_gradient_is_left_out_and_counted(monkeypatch, tmp_path, 
 
 def test_draws_share_no_game(monkeypatch):
     args = SimpleNamespace(model=[TINY], games="generated", env="alfworld", level="L1", task_types=None,
-                           max_steps=None, device="cpu", draws=5, episodes=256, group_size=8, seed=0)
+                           max_steps=None, device="cpu", draws=5, episodes=256, group_size=8, seed=0, held_out="train")
     games = coupling_run.choose_games(args)
     assert len({g.name for g in games}) == len(games) == 5 * 32 and args.max_steps == 20
     args.env, args.model, args.draws = "scienceworld", [TINY + "-scienceworld"], 50
     args.games = "auto"
-    with pytest.raises(ValueError, match="fewer --draws"):
+    with pytest.raises(ValueError, match="trains on .* fewer --draws"):
+        coupling_run.choose_games(args)
+
+
+def test_flaws_are_held_out_on_kinds_of_task_that_the_gradient_has_not_seen(monkeypatch):
+    """--level L2 --held-out test: of each draw's games the first half are types 1 to 4 of train, the other 5 and
+    6 of valid_unseen; which half is which, `measure` takes from their places."""
+    args = SimpleNamespace(model=[TINY], games="generated", env="alfworld", level="L2", task_types=None,
+                           max_steps=None, device="cpu", draws=3, episodes=64, group_size=8, seed=0, held_out="test")
+    games, types = coupling_run.choose_games(args), list(levels.TASK_TYPES)
+    assert len({g.name for g in games}) == len(games) == 3 * 8
+    for draw in range(3):
+        drawn = games[8 * draw:8 * (draw + 1)]
+        assert all(g.split == "train" and g.task_type in types[:4] for g in drawn[:4])
+        assert all(g.split == "valid_unseen" and g.task_type in types[4:] for g in drawn[4:])
+    args.draws = 100
+    with pytest.raises(ValueError, match="level L2 tests on .* fewer --draws"):
         coupling_run.choose_games(args)
 
 
