@@ -28,7 +28,8 @@ EXPERIMENTS = {
     # The larger start, which was the default's until 2026-11-22: GRPO alone and both forms of the classifier.
     "default": (f"{ALFWORLD} --model policies/tiny", {
         "none": "--classifier none", "value": "--classifier value", "generative": "--classifier generative"}, range(3)),
-    "default-scienceworld": ("--env scienceworld", {"none": "--classifier none", "value": "--classifier value"}, range(3)),
+    # Place c of experiments/README.md.
+    "default-scienceworld": ("--env scienceworld", {"none": "--classifier none", "value": "--classifier value"}, range(6)),
     # That each credit rule learns; no claim is made from these.
     "credit": (f"{ALFWORLD} --classifier none", {
         **{rule: f"--credit {rule} --model policies/tiny" for rule in ("gigpo", "hgpo", "graphgpo", "adca")},
