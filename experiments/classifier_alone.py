@@ -119,14 +119,20 @@ def distance(args, model, batch):
 
 
 def draw_back(args, model, start, batch, target):
-    """Move the weights along the straight line to the start until KL is `target`; returns (KL, share of the
-    way that is left). KL grows about with the square of the way."""
+    """Move the weights along the straight line to the start until KL is `target` to within 2%; returns (KL,
+    share of the way that is left). KL grows about with the square of the way: its root is interpolated."""
     far, near, share = [p.detach().clone() for p in model.parameters()], list(start.parameters()), 1.0
-    kl = distance(args, model, batch)
-    for _ in range(4):
+    kl, below, above = distance(args, model, batch), (0.0, 0.0), None
+    for _ in range(12):
         if abs(kl / target - 1) < 0.02:
             break
-        share *= (target / kl) ** 0.5
+        if kl > target:
+            above = share, kl ** 0.5
+        else:
+            below = share, kl ** 0.5
+        if above is None:  # it is not as far as that anywhere on the way
+            break
+        share = below[0] + (above[0] - below[0]) * (target ** 0.5 - below[1]) / (above[1] - below[1])
         with torch.no_grad():
             for p, end, begin in zip(model.parameters(), far, near):
                 p.copy_(begin + share * (end - begin))

@@ -1,15 +1,21 @@
 """experiments/: the table of runs is one that train.py accepts, rows come from finished runs only, analysis by hand."""
 
+import copy
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+import helpers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import train  # noqa: E402
-from experiments import analyse, prediction, run  # noqa: E402
+from experiments import analyse, classifier_alone, prediction, run  # noqa: E402
+from support.batches import sampled_logprobs  # noqa: E402
 
 
 @pytest.mark.parametrize("experiment", run.EXPERIMENTS)
@@ -160,3 +166,25 @@ def test_the_spread_of_the_rank_correlation_knows_what_is_uncertain():
     unsure = [(str(i), "flaw", [{"net": x}, {"net": x + 6}], [y, y]) for i, (x, y) in enumerate([(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)])]
     value, (low, high), _ = prediction.correlation(unsure, "net")
     assert value == pytest.approx(1.0) and low < 0.3 < high
+
+
+def test_arms_are_drawn_back_to_one_distance(model, episodes):
+    """Classification alone is compared at equal KL: whichever policy went further is moved back until it is within 2% of
+    the other's, along the straight line, on which its start does not move; and one that is there already stays."""
+    args, start = SimpleNamespace(temperature=1.0, micro_tokens=8192), copy.deepcopy(model)
+    batch = helpers.make_batch(episodes, helpers.advantages_of(episodes))
+    batch.ref_logprobs = sampled_logprobs(start, batch, 1.0, 8192)
+    assert classifier_alone.distance(args, start, batch) == 0.0
+    torch.manual_seed(0)
+    far = [(p + 0.1 * torch.randn_like(p)).detach() for p in model.parameters()]
+    whole = None
+    for part in (1.0, 0.5, 0.01):
+        for p, f in zip(model.parameters(), far):
+            p.data.copy_(f)
+        whole = whole or classifier_alone.distance(args, model, batch)
+        kl, share = classifier_alone.draw_back(args, model, start, batch, part * whole)
+        assert kl == pytest.approx(part * whole, rel=0.02)
+        assert kl == pytest.approx(classifier_alone.distance(args, model, batch))
+        assert share == 1.0 if part == 1.0 else 0 < share < 1
+        for p, f, s in zip(model.parameters(), far, start.parameters()):
+            assert torch.allclose(p, s + share * (f - s), atol=1e-6)
