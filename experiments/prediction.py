@@ -33,8 +33,7 @@ from support.coupling_report import combine, text  # noqa: E402
 STARTS = (  # a start, its draws of coupling.py (None: the runs measured it themselves), runs that began with it
     ("ALFWorld, tiny", "coupling-tiny.jsonl", "default", "none"),
     ("ALFWorld, tiny-reads", None, "classifier", "none"),
-    # GRPO alone has not been run there.
-    ("ScienceWorld, tiny, with value head", "coupling-scienceworld.jsonl", "default-scienceworld", "value"))
+    ("ScienceWorld, tiny", "coupling-scienceworld.jsonl", "default-scienceworld", "none"))
 LEAST = 0.01  # of all flaws of the start's steps
 UNITS = {"times per episode": lambda one, kind: one[kind] * one["steps"], "share of steps": lambda one, kind: one[kind]}
 
