@@ -114,38 +114,42 @@ def per_episode(rows, experiment, baseline="none", level="L1"):
     return "\n".join(lines)
 
 
-def splits(rows, experiment, kinds):
-    """{arm: {iteration: {seed: {"plain": {kind: {"leak", "own", "net"}}}}}} of what the runs measured on the way."""
+def splits(rows, experiment, kinds, rule="plain"):
+    """{arm: {iteration: {seed: {rule: {kind: {"leak", "own", "net"}}}}}} of what the runs measured on the way, along the plain
+    gradient or through the second moments that the run's "adam" had then (before its first update: none)."""
     arms = {}
     for row in sorted((row for row in rows if row["experiment"] == experiment), key=lambda row: row["seed"]):
         for one in row.get("coupling", []):
-            cells = {kind: {"leak": one[f"leak_plain_{kind}"], "own": one[f"own_plain_{kind}"]}
-                     for kind in kinds if f"leak_plain_{kind}" in one}
+            cells = {kind: {"leak": one[f"leak_{rule}_{kind}"], "own": one[f"own_{rule}_{kind}"]}
+                     for kind in kinds if f"leak_{rule}_{kind}" in one}
             for cell in cells.values():
                 cell["net"] = cell["leak"] + cell["own"]
-            arms.setdefault(row["arm"], {}).setdefault(one["iteration"], {})[row["seed"]] = {"plain": cells}
+            if cells:
+                arms.setdefault(row["arm"], {}).setdefault(one["iteration"], {})[row["seed"]] = {rule: cells}
     order = EXPERIMENTS[experiment][1] if experiment in EXPERIMENTS else arms
     return {arm: arms[arm] for arm in order if arm in arms}
 
 
-def coupling_table(rows, experiment, baseline, kinds=("inadmissible", "repeated")):
-    """Markdown: leak, own correction and their ratio at every measurement of every arm, over seeds, and what the last differs
-    by from the baseline's, paired by seed (the same seed measures on the same games)."""
-    arms = splits(rows, experiment, kinds)
+def coupling_table(rows, experiment, baseline, kinds=("inadmissible", "repeated"), rule="plain"):
+    """Markdown: leak, own correction and their ratio (through Adam: their sum, of which there always is one) at every
+    measurement of every arm, over seeds, and what the last differs by from the baseline's, paired by seed (the same seed
+    measures on the same games)."""
+    arms = splits(rows, experiment, kinds, rule)
     if not arms:
         return ""
-    names, last = ("leak", "own", "ratio"), max(when for times in arms.values() for when in times)
-    lines = ["| flaw | arm | iteration | seeds | leak | own correction | ratio -leak / own |", "| --- | --- |" + " --- |" * 5]
+    last, digits = max(when for times in arms.values() for when in times), 2 if rule == "plain" else 0
+    names, head = (("leak", "own", "ratio"), "ratio -leak / own") if rule == "plain" else (("leak", "own", "net"), "net")
+    lines = [f"| flaw | arm | iteration | seeds | leak | own correction | {head} |", "| --- | --- |" + " --- |" * 5]
     line = lambda kind, arm, when, n, found: lines.append(
-        f"| {kind} | {arm} | {when} | {n} | " + " | ".join(text(*found[name], digits=2) for name in names) + " |")
+        f"| {kind} | {arm} | {when} | {n} | " + " | ".join(text(*found[name], digits=digits) for name in names) + " |")
     for kind in kinds:
         for arm, times in arms.items():
             for when in sorted(when for when, seeds in times.items() if len(seeds) > 1):
-                line(kind, arm, when, len(times[when]), combine(list(times[when].values()), "plain", kind))
+                line(kind, arm, when, len(times[when]), combine(list(times[when].values()), rule, kind))
         for arm, times in arms.items():
             if arm != baseline and last in times and last in arms.get(baseline, {}):
                 both = sorted(set(times[last]) & set(arms[baseline][last]))
-                found = gaps([arms[baseline][last][s] for s in both], [times[last][s] for s in both], "plain", kind)
+                found = gaps([arms[baseline][last][s] for s in both], [times[last][s] for s in both], rule, kind)
                 if len(both) > 1 and found:
                     line(kind, f"{arm} - {baseline}", last, f"{len(both)} pairs", found)
     return "\n".join(lines)
@@ -247,6 +251,9 @@ def main():
         print(f"\n{per_episode(rows, args.experiment, args.baseline)}")
     coupling = coupling_table(rows, args.experiment, args.baseline)
     print(f"\nNats per unit step; 95% t intervals over seeds, of ratios by jackknife\n\n{coupling}" if coupling else "", end="\n")
+    through_adam = coupling_table(rows, args.experiment, args.baseline, ("inadmissible", "repeated", "flawed"), "adam")
+    if through_adam:
+        print(f"\nThe same through Adam's second moments as the run had them\n\n{through_adam}")
     if args.out:
         try:
             draw(rows, args.experiment, arms, args.baseline, args.out)

@@ -94,6 +94,14 @@ def test_ratios_over_training_are_paired_by_seed():
     assert "| repeated | none | 0 | 2 | +0.20 (-1.07, +1.47) | -0.15 (-0.79, +0.49) | +1.33" in text  # 0.2 / 0.15
     assert "| repeated | value | 32 | 2 | +0.15" in text and "| value - none | 32 | 2 pairs | -0.05" in text
     assert analyse.coupling_table([{"experiment": "x", "arm": "none", "seed": 0}], "x", "none") == ""
+    # Through Adam: other columns of the rows, and leak + own in the ratio's place. None: 100 - 300, 100 - 302; t(0.975, 1) = 12.706
+    for row, own in zip(rows, (-300.0, -302.0, -304.0, -306.0)):
+        row["coupling"][-1] |= {"leak_adam_repeated": 100.0, "own_adam_repeated": own}
+        del row["coupling"][0]["leak_adam_repeated"]  # as before its first update
+    text = analyse.coupling_table(rows, "x", "none", ("repeated",), "adam")
+    assert "| net |" in text and "| none | 0 |" not in text
+    assert "| repeated | none | 32 | 2 | +100 (+100, +100) | -301 (-314, -288) | -201 (-214, -188) |" in text
+    assert "| value - none | 32 | 2 pairs | +0 (+0, +0) | -4 (-29, +21) | -4 (-29, +21) |" in text  # -6 and -2, by seed
 
 
 def test_flaws_per_episode_are_share_times_steps_and_paired_by_seed():
