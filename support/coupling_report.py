@@ -169,6 +169,9 @@ def text(value, low, high, digits=3):
     return f"{value:+.{digits}f}" + ("" if low is None else f" ({low:+.{digits}f}, {high:+.{digits}f})")
 
 
+DIGITS = {"plain": 3, "adam": 1}  # a step along the gradient over the root of its square goes hundreds of times as far
+
+
 def table(model, rows):
     """The report of one model, from its rows of results.jsonl."""
     won, drawn = 100 * numpy.mean([row["success"] for row in rows]), len(rows)
@@ -185,7 +188,7 @@ def table(model, rows):
             _, low, high = cells["net"] if kind != "good" else (None, None, None)
             said = "" if low is None else "grows" if low > 0 else "falls" if high < 0 else "open"
             steps = sum(row[rule][kind]["steps"] for row in rows if kind in row[rule])
-            shown, there = "".join(f"{text(*cells[name]):26}" for name in NAMES[:3]), sum(kind in row[rule] for row in rows)
+            shown, there = "".join(f"{text(*cells[name], DIGITS[rule]):25} " for name in NAMES[:3]), sum(kind in row[rule] for row in rows)
             ratio = text(*cells["ratio"], 2) if kind != "good" else ""
             name = kind + (f" ({there} draws)" if there < len(rows) else "")
             lines.append(f"  {name:24}{said:6}{steps:8}   {shown}{ratio}")
@@ -206,7 +209,7 @@ def paired(models, rows):
             for kind in KINDS:
                 found = gaps(*zip(*both), rule, kind)
                 if found:
-                    shown = "".join(f"{text(*found[name]):28}" for name in NAMES)
+                    shown = "".join(f"{text(*found[name], 2 if name == 'ratio' else DIGITS[rule]):27} " for name in NAMES)
                     lines.append(f"  {model:27} ({len(both)}) {rule:6} {kind:13}{shown}")
     return "\n".join(lines)
 
