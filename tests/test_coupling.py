@@ -461,6 +461,16 @@ def test_a_draw_without_gradient_is_left_out_and_counted(monkeypatch, tmp_path, 
     assert "no draw has a gradient" in capsys.readouterr().out
 
 
+def test_rows_from_before_held_out_games_could_be_chosen_count_as_they_were(tmp_path):
+    """They held out training games: found by a command that does, waiting for one that holds out test games."""
+    settings, path = {"seed": 0, "held_out": "train"}, str(tmp_path / "results.jsonl")
+    old = {"model": "a", "draw": 0, "games": [["x"], ["y"]], "args": {"seed": 0}}
+    coupling_report.write_lines(path, [old])
+    games = [SimpleNamespace(name=name) for name in "xy"]
+    find = lambda **chosen: coupling_run.KeptRows(path, SimpleNamespace(**settings | chosen)).find({"model": "a", "draw": 0}, games)
+    assert find() == old and find(held_out="test") is None and find() == old
+
+
 def test_draws_share_no_game(monkeypatch):
     args = SimpleNamespace(model=[TINY], games="generated", env="alfworld", level="L1", task_types=None,
                            max_steps=None, device="cpu", draws=5, episodes=256, group_size=8, seed=0, held_out="train")

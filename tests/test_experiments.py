@@ -196,3 +196,16 @@ def test_arms_are_drawn_back_to_one_distance(model, episodes):
         assert share == 1.0 if part == 1.0 else 0 < share < 1
         for p, f, s in zip(model.parameters(), far, start.parameters()):
             assert torch.allclose(p, s + share * (f - s), atol=1e-6)
+
+
+def test_drawing_back_finds_a_distance_that_rises_steeply_at_the_end(monkeypatch):
+    """KL as the tenth power of the way: steps that take it for the square overshoot the end and come back no more, as
+    they did in five of forty pairs (docs/coupling.md, (ii))."""
+    start, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    start.weight.data.fill_(0.0)
+    monkeypatch.setattr(classifier_alone, "distance", lambda args, model, batch: model.weight.item() ** 10)
+    for target in (0.9, 0.5, 0.1):
+        model.weight.data.fill_(1.0)
+        kl, share = classifier_alone.draw_back(None, model, start, None, target)
+        assert kl == pytest.approx(target, rel=0.02) and model.weight.item() == pytest.approx(share)
+        assert share == pytest.approx(target ** 0.1, rel=0.003)
