@@ -22,6 +22,9 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 ALFWORLD = "--env alfworld --games generated"
+SMOLLM2 = f"{ALFWORLD} --precision bfloat16 --max-new-tokens 32"
+LIGHT_START = (f"{SMOLLM2} --eval-games 0 --model policies/cache-smollm2-start-2 --max-steps 14 --tasks 3 --iterations 12 "
+               "--kl-coef 0 --micro-tokens 4096")
 
 # experiment -> (flags of all its runs, {arm: flags of its own}, seeds)
 EXPERIMENTS = {
@@ -45,10 +48,18 @@ EXPERIMENTS = {
         "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca",
         "stop-gradient": "--classifier value --control stop-gradient",
         "shuffled": "--classifier value --control shuffled", "generative": "--classifier generative"}, range(8)),
+    # Place b: SmolLM2 from its light start, which experiments/smollm2_start.sh makes (its default folder). The same commands
+    # on a GPU, with as many --seeds as it has time for; rows say where they were made.
+    "smollm2-tuning": (LIGHT_START, {f"none-{lr}": f"--classifier none --lr {lr}" for lr in ("1e-5", "3e-5", "1e-4")}, range(100, 101)),
+    "smollm2": (f"{LIGHT_START} --lr 3e-5", {
+        "none": "--classifier none", "value": "--classifier value", "generative": "--classifier generative",
+        "adca": "--classifier none --credit adca", "stop-gradient": "--classifier value --control stop-gradient",
+        "shuffled": "--classifier value --control shuffled"}, range(6)),
     # (rows `generative-untaught`: `generative` before its warm-up was repaired; experiments/README.md, 2026-11-24)
 }
 # experiment -> flags of evaluate.py for what its runs begin and end with: more games than train.py plays by the way.
-ENDS = {"classifier": f"{ALFWORLD} --level L1 --count 400"}
+ENDS = {"classifier": [f"{ALFWORLD} --level L1 --count 400"],
+        "smollm2": [f"{SMOLLM2} --batch 40 --level {level} --count 200" for level in ("L1", "L2")]}
 # Of an iteration's line in metrics.jsonl, what a row keeps.
 KEPT = ("iteration", "success", "reward", "score", "steps", "inadmissible", "repeated", "no_effect", "malformed",
         "revisited", "kl", "entropy", "grad_norm", "grad_norm_grpo", "grad_norm_classifier", "seconds_play",
@@ -124,6 +135,15 @@ def commit():
     return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(git("status", "--porcelain", "-uno", "--", ".", ":!experiments/*.jsonl"))
 
 
+def gpu_of(folder):
+    """The GPU that a run's config.json names, or None."""
+    try:
+        with open(os.path.join(folder, "config.json")) as file:
+            return json.load(file).get("machine", {}).get("gpu")
+    except (OSError, ValueError):
+        return None
+
+
 def evaluated(model, flags, path, workers=None):
     """What evaluate.py says of a policy, by `flags`; kept at `path`, so that it is played once. None where it fails."""
     if not os.path.exists(path):
@@ -140,14 +160,15 @@ def evaluated(model, flags, path, workers=None):
 
 
 def ends(experiment, folder, command, args):
-    """{"before": ..., "after": ...}: the experiment's own evaluation of a finished run; None where it fails."""
-    flags, start = ENDS[experiment], command[command.index("--model") + 1]
-    level = flags.split("--level ")[1].split()[0]
+    """{"before": {level: result}, "after": ...}: the experiment's own evaluations of a finished run; None where one fails."""
+    start, found = command[command.index("--model") + 1], {"before": {}, "after": {}}
     last = os.path.join(folder, sorted(name for name in os.listdir(folder) if name.startswith("checkpoint-"))[-1])
-    before = os.path.join(args.runs, experiment, f"start-{os.path.basename(start)}.json")
-    found = {"before": evaluated(start, flags, before, args.workers),
-             "after": evaluated(last, flags, os.path.join(folder, "end.json"), args.workers)}
-    return {when: {level: result} for when, result in found.items()} if all(found.values()) else None
+    for flags in ENDS[experiment]:
+        level = flags.split("--level ")[1].split()[0]
+        before = os.path.join(args.runs, experiment, f"start-{os.path.basename(start)}-{level}.json")
+        found["before"][level] = evaluated(start, flags, before, args.workers)
+        found["after"][level] = evaluated(last, flags, os.path.join(folder, f"end-{level}.json"), args.workers)
+    return found if all(result for when in found.values() for result in when.values()) else None
 
 
 def do(experiment, arm, seed, args):
@@ -173,7 +194,7 @@ def do(experiment, arm, seed, args):
         done = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *arguments], stdout=log, stderr=log, cwd=ROOT)
     row = row_of(folder, experiment=experiment, arm=arm, seed=seed, commit=began,
                  command=shlex.join(["python", "train.py", *command]), date=time.strftime("%Y-%m-%d"),
-                 cores=os.cpu_count(), threads=os.environ.get("OMP_NUM_THREADS"))
+                 cores=os.cpu_count(), threads=os.environ.get("OMP_NUM_THREADS"), gpu=gpu_of(folder))
     if done.returncode or row is None:
         return f"{name}: FAILED, see {folder}/log.txt"
     if experiment in ENDS:

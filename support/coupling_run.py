@@ -136,10 +136,10 @@ def parse_arguments():
     flag = group("most used")
     flag("--model", action="append", required=True, help="(needed) `smollm2`, a folder, hub name or .gguf file; "
          "several are paired: measured on the same games")
-    flag("--draws", type=int, default=1, help="how often, each time on games and samples of its own; 0: "
-         "--probes alone")
-    flag("--episodes", type=int, default=256, help="per draw; half of the games give the gradients, the "
-         "others are held out")
+    flag("--draws", type=int, help="how often, each time on games and samples of its own; 0: --probes alone "
+         f"(default 1; {LARGE_SAID} 3)")
+    flag("--episodes", type=int, help="per draw; half of the games give the gradients, the others are held out "
+         f"(default 256; {LARGE_SAID} 32)")
     flag("--probes", metavar="FILE", help="measure kernel and representation, too, on the probes in this "
          "file; where there is none, it is made")
     flag("--out", default="runs/coupling", help="folder for results and pictures; a command that was stopped goes on "
@@ -147,10 +147,14 @@ def parse_arguments():
     flag("--report", metavar="FILE", help="write a page to look at: tables, pictures, probes, held-out steps")
     flag = group("what is measured")
     flag("--group-size", type=int, default=8, help="episodes per game (G)")
-    flag("--blocks", type=int, default=8, help="of games whose gradients are taken apart, for the intervals")
+    flag("--blocks", type=int, help="of games whose gradients are taken apart, for one draw's intervals (default "
+         f"8, or as many as there are groups; {LARGE_SAID} 1 with several draws)")
     flag("--step", type=float, default=1e-3, help="by how many nats a step changes held-out log pi (root "
          "mean square)")
-    flag("--no-adam", action="store_true", help="the plain gradient alone: half the forward passes")
+    flag("--no-adam", action="store_true", default=None, help="the plain gradient alone: half the forward passes "
+         f"(default {LARGE_SAID})")
+    flag("--adam", action="store_false", dest="no_adam", default=None, help="through Adam's second moments, too "
+         "(default otherwise)")
     flag("--probe-count", type=int, default=256, help="of a new file of probes")
     flag("--after", nargs="+", metavar="RUN", default=[], help="folders of train.py's runs that began with "
          "the first --model: what became of each flaw, against its ratio at the start")
@@ -181,21 +185,11 @@ def parse_arguments():
     parser.set_defaults(engine="torch", precision="float32", shard=False, engine_memory=0.9,
                         tensor_parallel=1)
     args = parser.parse_args()
-    if args.draws < 0 or (args.draws == 0 and not args.probes):
-        parser.error("--draws must be at least 1, or 0 with --probes")
-    if args.after and not args.draws:
-        parser.error("--after needs --draws")
-    for name in ("episodes", "batch", "micro_tokens", "workers", "probe_count", "max_steps"):
+    for name in ("episodes", "blocks", "batch", "micro_tokens", "workers", "probe_count", "max_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.group_size < 2:
         parser.error("--group-size must be at least 2: an advantage compares episodes of one game")
-    if args.blocks < 1 + (args.draws == 1):
-        parser.error("--blocks must be at least 2 for one draw, whose interval resamples them")
-    pair = 2 * args.group_size
-    if args.episodes % pair or args.episodes < pair * args.blocks:
-        parser.error(f"--episodes {args.episodes}: must be a multiple of {pair}, two halves of whole groups, "
-                     f"and at least {pair * args.blocks}, a group for each of --blocks")
     if args.step <= 0:
         parser.error("--step must be positive")
     folder = os.path.dirname(os.path.abspath(args.report or args.out))
@@ -208,16 +202,44 @@ def parse_arguments():
     return args
 
 
+LARGE = 20_000_000  # parameters; with more a processor takes hours for what takes a tiny policy two minutes
+LARGE_SAID = "for language models on a CPU"
+
+
+def settle(args, parameters):
+    """How much is measured where nothing was said, in place, by the size of the largest model: what ends within
+    some 15 minutes on two cores. Raises ValueError where that or what was said makes no sense."""
+    large, given = parameters > LARGE and args.device == "cpu", lambda name: getattr(args, name, None) is not None
+    pair = 2 * args.group_size
+    args.draws = args.draws if given("draws") else 3 if large else 1
+    args.episodes = args.episodes if given("episodes") else 2 * pair if large else 256
+    fitting = 1 if large and args.draws > 1 else min(8, args.episodes // pair)
+    args.blocks = args.blocks if given("blocks") else fitting
+    args.no_adam = args.no_adam if given("no_adam") else large
+    if args.draws < 0 or (args.draws == 0 and not args.probes):
+        raise ValueError("--draws must be at least 1, or 0 with --probes")
+    if not args.draws and args.after:
+        raise ValueError("--after needs --draws")
+    if args.episodes % pair or args.episodes < pair * max(1, args.blocks):
+        raise ValueError(f"--episodes {args.episodes}: must be a multiple of {pair}, two halves of whole groups, "
+                         f"and at least {pair * max(1, args.blocks)}, a group for each of --blocks")
+    if args.blocks < 1 + (args.draws == 1):
+        raise ValueError("--blocks must be at least 2 for one draw, whose interval resamples them")
+    if large and args.draws:
+        print(f"{parameters / 1e6:.0f} million parameters on a CPU: {args.draws} draws of {args.episodes} episodes, "
+              "plain gradient" + ("" if args.no_adam else " and Adam") + " (more: --draws, --episodes, --adam)", flush=True)
+
+
 def choose_games(args):
     """Resolve what is automatic, in place; returns the games of all draws, none of them twice: for each draw those
     that give the gradients, then as many held out. Raises FileNotFoundError or ValueError, one line."""
-    for folder in args.model:  # a mistyped one is told now, not after hours of measuring the others
-        load_policy(model_folder(folder))
+    args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    # All are opened: a mistyped one is told now, not after hours of measuring the others.
+    settle(args, max(load_policy(model_folder(folder))[0].num_parameters() for folder in args.model))
     kind = levels.choose_games(args.games, args.env)
     ours = all(notes_of(folder).get("prompt") == "short" for folder in args.model)
     args.task_types = args.task_types or (["short"] if ours and args.env == "scienceworld" else None)
     args.max_steps = args.max_steps or levels.level_max_steps(args.env, args.level, kind, args.task_types)
-    args.device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     half = args.episodes // args.group_size // 2
     if args.held_out == "train":
         return _drawn(args, "train", 2 * half)

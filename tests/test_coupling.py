@@ -471,6 +471,22 @@ def test_rows_from_before_held_out_games_could_be_chosen_count_as_they_were(tmp_
     assert find() == old and find(held_out="test") is None and find() == old
 
 
+def test_a_language_model_on_a_cpu_is_measured_in_small_draws_unless_told_otherwise(capsys):
+    """What is not given follows from the size; a given number stays, whatever the size."""
+    def settled(parameters, device="cpu", **given):
+        args = SimpleNamespace(device=device, group_size=8, probes=None, after=[], **given)
+        coupling_run.settle(args, parameters)
+        return args.draws, args.episodes, args.blocks, args.no_adam
+
+    assert settled(1_000_000) == settled(135_000_000, device="cuda") == (1, 256, 8, False)
+    assert capsys.readouterr().out == ""
+    assert settled(135_000_000) == (3, 32, 1, True)
+    assert "135 million parameters on a CPU: 3 draws of 32 episodes" in capsys.readouterr().out
+    assert settled(135_000_000, draws=1) == (1, 32, 2, True)  # one draw's interval needs blocks
+    assert settled(135_000_000, episodes=256, blocks=4, no_adam=False) == (3, 256, 4, False)
+    assert settled(1_000_000, episodes=32) == (1, 32, 2, False)  # as many blocks as there are groups
+
+
 def test_draws_share_no_game(monkeypatch):
     args = SimpleNamespace(model=[TINY], games="generated", env="alfworld", level="L1", task_types=None,
                            max_steps=None, device="cpu", draws=5, episodes=256, group_size=8, seed=0, held_out="train")

@@ -129,14 +129,15 @@ def test_what_a_run_ends_with_is_evaluated_once(tmp_path, monkeypatch):
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(run.subprocess, "run", pretend)
-    monkeypatch.setitem(run.ENDS, "x", "--games generated --level L1 --count 2")
+    monkeypatch.setitem(run.ENDS, "x", [f"--games generated --level {level} --count 2" for level in ("L1", "L2")])
     for name in ("run/checkpoint-000008", "run/checkpoint-000009", "x"):
         os.makedirs(tmp_path / name)
     args = type("Args", (), {"runs": str(tmp_path), "workers": 1})
     for _ in range(2):
         found = run.ends("x", str(tmp_path / "run"), ["--env", "alfworld", "--model", str(tmp_path / "start")], args)
-        assert found["before"]["L1"]["won_by_game"] == "00" and found["after"]["L1"]["won_by_game"] == "01"
-    assert len(asked) == 2 and asked[0][:4] == ["--games", "generated", "--level", "L1"]
+        for level in ("L1", "L2"):
+            assert found["before"][level]["won_by_game"] == "00" and found["after"][level]["won_by_game"] == "01"
+    assert len(asked) == 4 and [one[3] for one in asked] == ["L1", "L1", "L2", "L2"]  # each of them once
 
 
 def test_prediction_points_by_hand(tmp_path, monkeypatch):
