@@ -75,6 +75,7 @@ def converted(folder, source, file=None):
     except Exception as error:  # not a GGUF file, of an unknown architecture, the package gguf missing, ...
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(f"{origin} cannot be converted: {why}") from error
+    tokenizer.clean_up_tokenization_spaces = False  # it does nothing here, and transformers would say so at each command
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     if config.tie_word_embeddings:
         config.tie_word_embeddings = model.config.tie_word_embeddings = False

