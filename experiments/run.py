@@ -60,6 +60,9 @@ EXPERIMENTS = {
 # experiment -> flags of evaluate.py for what its runs begin and end with: more games than train.py plays by the way.
 ENDS = {"classifier": [f"{ALFWORLD} --level L1 --count 400"],
         "smollm2": [f"{SMOLLM2} --batch 40 --level {level} --count 200" for level in ("L1", "L2")]}
+# Starts that are not in the repository: what makes them.
+MADE_BY = {"policies/cache-smollm2-start-2": "experiments/smollm2_start.sh (12 minutes of a core for the first two stages, which are enough)",
+           "policies/cache-tags": "cold_start.py --tags, at the top of that file, with --out policies/cache-tags"}
 # Of an iteration's line in metrics.jsonl, what a row keeps.
 KEPT = ("iteration", "success", "reward", "score", "steps", "inadmissible", "repeated", "no_effect", "malformed",
         "revisited", "kl", "entropy", "grad_norm", "grad_norm_grpo", "grad_norm_classifier", "seconds_play",
@@ -229,6 +232,11 @@ def main():
     unknown = set(args.arms or []) - set(arms)
     if unknown:
         parser.error(f"--arms {' '.join(sorted(unknown))}: {args.experiment} has {', '.join(arms)}")
+    for arm in args.arms or arms:
+        command = command_of(args.experiment, arm, 0)
+        start = command[command.index("--model") + 1] if "--model" in command else "."
+        if not os.path.isdir(os.path.join(ROOT, start)):
+            parser.error(f"{start}, where {arm} starts, is not there. It is made by " + MADE_BY.get(start, "cold_start.py"))
     args.runs = os.path.abspath(args.runs)  # train.py is started from the project's folder
     failed = 0
     try:

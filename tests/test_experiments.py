@@ -74,6 +74,15 @@ def test_a_run_whose_row_is_there_is_not_made_again(tmp_path, monkeypatch, capsy
     assert [(row["arm"], row["seed"], row["commit"]) for row in rows] == [("none", 7, "abc1234")]
 
 
+def test_a_start_that_is_not_there_is_named_before_anything_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "ROOT", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["run.py", "smollm2", "--arms", "none", "--results", str(tmp_path / "r"), "--runs", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit):
+        run.main()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "cache-smollm2-start-2" in said and "smollm2_start.sh" in said and not os.listdir(tmp_path)
+
+
 def test_differences_are_paired_by_seed():
     arms = {"none": {0: {"x": 10.0}, 1: {"x": 30.0}, 2: {"x": 99.0}}, "value": {1: {"x": 33.0}, 0: {"x": 12.0}}}
     assert analyse.paired(arms["value"], arms["none"], "x") == [2.0, 3.0]
