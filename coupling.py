@@ -19,7 +19,7 @@ test games), for each kind of flaw (rollout.FLAWS), for all flawed actions, and 
     own   = the same along D_f                     what punishing flaws does: it corrects where it is negative
     net   = leak + own              ratio = -leak / own: from 1 on the flaw grows. That is the danger zone,
                                     rho > r' q' (1 - q') / (r q (1 - q)) of toy_bandit.py, in a real policy
-    D     = G, or through Adam's second moments G / (sqrt(v) + 1e-8)
+    D     = G, or through Adam's second moments G / (sqrt(v) + 1e-8), which G has joined as in its step
 
 Units: nats per unit step, i.e. at a learning rate of 1, to first order: any rate scales them alike. All steps
 go equally far, as far along the whole G as changes held-out log pi by --step nats (root mean square). Is that
@@ -39,7 +39,7 @@ left out.
 on the probes of support/probes.py. What the layers make of them: support/representation.py. Coupling while a
 policy learns: `train.py --probes --coupling-every`, support/coupling_dynamics.py.
 
-All in float32 by PyTorch, whatever the policy was trained with: differences of nearly equal numbers are read.
+All in float32 by PyTorch: differences of nearly equal numbers are read.
 """
 
 import argparse
@@ -80,16 +80,16 @@ def split_update(args, run, first, held_out, mask, v=None):
         run: with the model, and a bar that is told of every part done.
         first, held_out: Batches of different games, with advantages and token weights. S steps are held out.
         mask: (N,) 1.0 for the held-out tokens that are the action itself.
-        v: Adam's second moments, like the model's parameters; None: the plain gradient alone.
+        v: Adam's second moments, like the parameters, or a function from G to them; None: plain G alone.
     Returns: for "plain", and with v for "adam", {"change": (2, B, S) by part (PARTS) and block, "whole": (S,)
         along the undivided gradient}, in nats per unit step; and the share (B,) of the weights in each block.
     """
-    rules = {"plain": lambda G: G}
-    if v is not None:
-        rules["adam"] = lambda G: [g / (moment.sqrt() + 1e-8) for g, moment in zip(G, v)]
     again, blocks = lambda: action_logprobs(args, run, held_out, mask), deal(first, args.blocks)
     only = list(parts_of(args, run, first)) if len(blocks) == 1 else None  # their sum is the whole
     before, G = again(), [sum(g) for g in zip(*only)] if only else ascent(args, run, first)     # (S,)
+    rules, v = {"plain": lambda G: G}, v(G) if callable(v) else v
+    if v is not None:
+        rules["adam"] = lambda G: [g / (moment.sqrt() + 1e-8) for g, moment in zip(G, v)]
     found, share, distance = {}, [], {}
     for rule, direct in rules.items():
         distance[rule] = step_length(args, run, direct(G), before, again)

@@ -18,15 +18,13 @@ import sys
 
 from types import SimpleNamespace
 
-import torch
-
 from coupling import split_update
 from games import levels
 from rollout import pay_success_only
 from support.coupling_report import summarize
-from support.coupling_run import as_run, collect, prepare
+from support.coupling_run import as_adam_will, as_run, collect, prepare
 from support.probes import encode, probe_file, probe_logprobs
-from support.setup import ADAMW, in_half
+from support.setup import in_half
 
 BLOCKS, STEP = 2, 1e-3  # of coupling.py: no intervals are wanted here; nats
 
@@ -97,10 +95,8 @@ def games_apart(run):
 
 
 def moments(run):
-    """Adam's second moments as the run has them, bias corrected, like the model's parameters (0 of frozen
-    ones); None before the first update."""
-    state, beta = run.optimizer.state, ADAMW["betas"][1]
+    """`as_adam_will` with the second moments that the run's Adam has now; None before its first update."""
+    state = run.optimizer.state
     if not state:
         return None
-    unbiased = lambda one: one["exp_avg_sq"] / (1 - beta ** float(one["step"]))
-    return [unbiased(state[p]) if p in state else torch.zeros_like(p) for p in run.model.parameters()]
+    return as_adam_will([(state[p]["exp_avg_sq"], float(state[p]["step"])) if p in state else None for p in run.model.parameters()])

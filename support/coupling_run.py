@@ -72,9 +72,23 @@ def content(chat, ids):
     return [left < end and right > begin for left, right in zip(edges, edges[1:])]
 
 
+def as_adam_will(states):
+    """A function from a batch's whole gradient G (tensors like the parameters) to the second moments that Adam's
+    step along it divides by, bias corrected: G itself joins them first. (Without it a weight whose moments had
+    faded, of a rare name's embedding, went any distance.) The run's clipping is left out.
+
+    states: of each parameter (exp_avg_sq, steps so far); None for one that is not trained."""
+    beta = ADAMW["betas"][1]
+
+    def moments(G):
+        known = [(torch.zeros_like(g), 0) if one is None else one for g, one in zip(G, states)]
+        return [(beta * v.to(g.device) + (1 - beta) * g**2) / (1 - beta ** (steps + 1)) for g, (v, steps) in zip(G, known)]
+    return moments
+
+
 def checkpoint_moments(folder, model):
-    """Adam's second moments as training left them in a checkpoint's trainer.pt, their bias corrected. None
-    where there are none of these weights: no such file, or one of LoRA's additions."""
+    """`as_adam_will` with the second moments that training left in a checkpoint's trainer.pt. None where there
+    are none of these weights: no such file, or one of LoRA's additions."""
     path, parameters = os.path.join(folder, "trainer.pt"), list(model.parameters())
     if not os.path.exists(path):
         return None
@@ -86,8 +100,7 @@ def checkpoint_moments(folder, model):
                          "moments are estimated") from error
     if any(i not in state or state[i]["exp_avg_sq"].shape != p.shape for i, p in enumerate(parameters)):
         return None
-    return [(state[i]["exp_avg_sq"] / (1 - ADAMW["betas"][1] ** float(state[i]["step"]))).to(p.device)
-            for i, p in enumerate(parameters)]
+    return as_adam_will([(state[i]["exp_avg_sq"], float(state[i]["step"])) for i in range(len(parameters))])
 
 
 class KeptRows:
@@ -185,12 +198,12 @@ def parse_arguments():
     parser.set_defaults(engine="torch", precision="float32", shard=False, engine_memory=0.9,
                         tensor_parallel=1)
     args = parser.parse_args()
-    for name in ("episodes", "blocks", "batch", "micro_tokens", "workers", "probe_count", "max_steps"):
+    for name in ("episodes", "blocks", "batch", "micro_tokens", "workers", "probe_count", "max_steps", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.group_size < 2:
         parser.error("--group-size must be at least 2: an advantage compares episodes of one game")
-    if args.step <= 0:
+    if not args.step > 0:
         parser.error("--step must be positive")
     folder = os.path.dirname(os.path.abspath(args.report or args.out))
     if args.report and os.path.isdir(args.report):

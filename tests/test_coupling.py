@@ -184,6 +184,26 @@ def test_and_through_adam_to_a_real_adam_step(model, chat, episodes):
     assert (adam - plain).norm() > 0.1  # it is another direction
 
 
+def test_and_to_adams_next_step_from_a_checkpoint(model, chat, episodes, tmp_path):
+    """The batch's own gradient joins the moments, as in Adam's step: a weight whose moments are nearly gone goes no
+    further than sqrt(1 / 0.05), where dividing by what was there would send it anywhere."""
+    betas = (0.0, coupling_run.ADAMW["betas"][1])  # without momentum
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=betas, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for p in model.parameters():  # half of the weights are all but forgotten
+            p.grad = 1e-3 * torch.randn(p.shape, generator=generator) * (1e-6 + (torch.rand(p.shape, generator=generator) < 0.5))
+        optimizer.step()
+    torch.save({"optimizer": optimizer.state_dict()}, tmp_path / "trainer.pt")
+    v = coupling_run.checkpoint_moments(str(tmp_path), model)
+    found, args, run, first, held_out, mask, _ = split(model, chat, episodes, v)
+    G = coupling.ascent(args, run, first)
+    direction = [g / (moment.sqrt() + 1e-8) for g, moment in zip(G, v(G))]
+    assert max(d.abs().max() for d in direction) < 4.6
+    rate = optimizer.param_groups[0]["lr"] = 1e-5 * coupling.norm(model.parameters()) / coupling.norm(direction)
+    check_against_step(model, optimizer, found["adam"], args, run, first, held_out, mask, rate)
+
+
 def test_second_moments_of_a_checkpoint_lose_their_bias(model, tmp_path):
     """Under a constant gradient g the estimate is g^2, however few steps were made."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **coupling_run.ADAMW)
@@ -192,8 +212,9 @@ def test_second_moments_of_a_checkpoint_lose_their_bias(model, tmp_path):
             p.grad = torch.full_like(p, 0.3)
         optimizer.step()
     torch.save({"optimizer": optimizer.state_dict()}, tmp_path / "trainer.pt")
-    v = coupling_run.checkpoint_moments(str(tmp_path), model)
-    assert all(torch.allclose(m, torch.full_like(m, 0.09)) for m in v)
+    moments = coupling_run.checkpoint_moments(str(tmp_path), model)
+    same = moments([torch.full_like(p, 0.3) for p in model.parameters()])
+    assert all(torch.allclose(m, torch.full_like(m, 0.09)) for m in same)
     assert coupling_run.checkpoint_moments(str(tmp_path / "nowhere"), model) is None
     assert coupling_run.checkpoint_moments(str(tmp_path), torch.nn.Linear(2, 2)) is None  # of another model
     (tmp_path / "trainer.pt").write_bytes(b"half a file")

@@ -12,6 +12,7 @@ import torch
 
 from games import levels
 from support import coupling_dynamics, curves, policies, probes
+from support.setup import ADAMW
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = ["--games", "generated", "--iterations", "3", "--tasks", "2", "--group-size", "6", "--max-steps", "10",
@@ -96,14 +97,14 @@ def test_moments_of_a_run_lose_their_bias_and_are_0_of_frozen_weights(model):
     """Under a constant gradient g the estimate is g^2, however few steps were made."""
     frozen, *trained = model.parameters()
     frozen.requires_grad_(False)
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, **coupling_dynamics.ADAMW)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, **ADAMW)
     run = SimpleNamespace(model=model, optimizer=optimizer)
     assert coupling_dynamics.moments(run) is None
     for _ in range(3):
         for p in trained:
             p.grad = torch.full_like(p, 0.3)
         run.optimizer.step()
-    first, *others = coupling_dynamics.moments(run)
+    first, *others = coupling_dynamics.moments(run)([torch.full_like(p, 0.3 * p.requires_grad) for p in model.parameters()])
     assert not first.any() and all(torch.allclose(v, torch.full_like(v, 0.09)) for v in others)
 
 
