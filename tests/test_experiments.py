@@ -111,6 +111,10 @@ def test_ratios_over_training_are_paired_by_seed():
     assert "| net |" in text and "| none | 0 |" not in text
     assert "| repeated | none | 32 | 2 | +100 (+100, +100) | -301 (-314, -288) | -201 (-214, -188) |" in text
     assert "| value - none | 32 | 2 pairs | +0 (+0, +0) | -4 (-29, +21) | -4 (-29, +21) |" in text  # -6 and -2, by seed
+    for row in rows:
+        row["date"] = "2026-11-24"  # made by the rule that was repaired
+    assert analyse.coupling_table(rows, "x", "none", ("repeated",), "adam") == ""
+    assert "| repeated | none | 32 | 2 |" in analyse.coupling_table(rows, "x", "none", ("repeated",))
 
 
 def test_flaws_per_episode_are_share_times_steps_and_paired_by_seed():
