@@ -220,8 +220,8 @@ LARGE_SAID = "for language models on a CPU"
 
 
 def settle(args, parameters):
-    """How much is measured where nothing was said, in place, by the size of the largest model: what ends within
-    some 15 minutes on two cores. Raises ValueError where that or what was said makes no sense."""
+    """How much is measured where nothing was said, in place, by the size of the largest model: meant to end
+    within some 15 minutes on two cores. Raises ValueError where that or what was said makes no sense."""
     large, given = parameters > LARGE and args.device == "cpu", lambda name: getattr(args, name, None) is not None
     pair = 2 * args.group_size
     args.draws = args.draws if given("draws") else 3 if large else 1
