@@ -37,9 +37,8 @@ left out.
 
 **The kernel**, which explains the ratio: how alike are the policy gradients of two actions? `probe_kernel`,
 on the probes of support/probes.py. What the layers make of them: support/representation.py. Coupling while a
-policy learns: `train.py --probes --coupling-every`, support/coupling_dynamics.py.
-
-All in float32 by PyTorch: differences of nearly equal numbers are read.
+policy learns: `train.py --probes --coupling-every`, support/coupling_dynamics.py. All in float32 by PyTorch:
+differences of nearly equal numbers are read.
 """
 
 import argparse
