@@ -56,7 +56,9 @@ EXPERIMENTS = {
         "adca": "--classifier none --credit adca", "stop-gradient": "--classifier value --control stop-gradient",
         "shuffled": "--classifier value --control shuffled"}, range(6)),
     # Again, for the split through Adam alone, repaired on 2026-11-25 (`classifier`'s rows have the rule before).
-    "classifier-adam": (f"{ALFWORLD} --eval-games 0 --model policies/tiny-reads --coupling-every 16", {"none": "--classifier none"}, range(8)),
+    "classifier-adam": (f"{ALFWORLD} --eval-games 0 --model policies/tiny-reads --coupling-every 16", {
+        "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca",
+        "generative": "--classifier generative"}, range(8)),
     # (rows `generative-untaught`: `generative` before its warm-up was repaired; experiments/README.md, 2026-11-24)
 }
 # experiment -> flags of evaluate.py for what its runs begin and end with: more games than train.py plays by the way.
