@@ -49,7 +49,7 @@ EXPERIMENTS = {
         "stop-gradient": "--classifier value --control stop-gradient",
         "shuffled": "--classifier value --control shuffled", "generative": "--classifier generative"}, range(8)),
     # Place b: SmolLM2 from its light start, which experiments/smollm2_start.sh makes (its default folder). The same commands
-    # on a GPU, with as many --seeds as it has time for; rows say where they were made.
+    # on a GPU, with as many --seeds as it has time for; rows say where they were made. 3e-5 is not chosen yet: tuning goes on.
     "smollm2-tuning": (LIGHT_START, {f"none-{lr}": f"--classifier none --lr {lr}" for lr in ("1e-5", "3e-5", "1e-4")}, range(100, 101)),
     "smollm2": (f"{LIGHT_START} --lr 3e-5", {
         "none": "--classifier none", "value": "--classifier value", "generative": "--classifier generative",
