@@ -177,6 +177,8 @@ def main():
          "a hub name, a .gguf file, or smollm2")
     flag("--episodes", type=int, default=3000, help="training games that the expert plays")
     flag("--sloppy", type=float, default=0.0, help="chance of a careless action before each of the expert's")
+    flag("--slips", default="learnt", choices=["learnt", "shown"], help="--sloppy's careless actions; shown: only what the expert "
+         "does after them is learnt")
     flag("--seed", type=int, default=0, help="of games, slips, shuffling")
 
     flag = group("what is shown")
@@ -260,7 +262,7 @@ def main():
             add_tags(model, tokenizer, args.seed) if ours else None
         try:
             episodes = expert_episodes(games, pool, chat, args.max_steps, sloppy=args.sloppy, seed=args.seed,
-                                       copies=args.copies, critic=critic, correct=args.correct)
+                                       copies=args.copies, critic=critic, correct=args.correct, learn_slips=args.slips == "learnt")
         except NoCritic as error:
             sys.exit(f"cold_start.py: {error} the same command")
     model = model or tiny_model(tokenizer, **SIZES[args.size], seed=args.seed).to(args.device)

@@ -153,7 +153,7 @@ def reference_result(agent, games, pool, max_steps, seed=0):
               random_agent(games, pool, max_steps, seed, warn=bad.append))
     for game, turns, won in progress(agent, len(games), " games", over=player):
         episode, tried, visited = Episode(game, 0, won=won, reward=float(won)), defaultdict(set), set()
-        for _, command, before, after in turns:
+        for _, command, before, after, *_ in turns:
             visited.add(before.state)
             episode.steps.append(Step(0, 0, command))
             episode.score = after.score

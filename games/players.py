@@ -91,7 +91,7 @@ def solutions(games, pool):
 
 
 def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0, warn=print, kinds=lambda game: SLIPS):
-    """Yields (game, turns, won) per game; turns are (observation, command, before, after).
+    """Yields (game, turns, won) per game; turns are (observation, command, before, after, whether it was a slip).
 
     sloppy: chance of a `slip` before each of the expert's commands. The expert is not told of them. kinds: from a game
     to those of SLIPS that may be made in it.
@@ -133,7 +133,7 @@ def play_expert(games, pool, max_steps=50, batch=64, sloppy=0.0, seed=0, warn=pr
                     del queue[slot], now[slot]
                     continue
                 after = answers[slot]
-                turns[slot].append((now[slot].text, command, now[slot], after))
+                turns[slot].append((now[slot].text, command, now[slot], after, bool(queue[slot])))  # a slip: more is to come
                 now[slot] = after
                 if after.done or len(turns[slot]) >= most_steps(max_steps, [chunk[slot]]):
                     del queue[slot]
@@ -162,7 +162,7 @@ def random_agent(games, pool, max_steps, seed=0, batch=64, warn=print):
             answers = playable(zip(chosen, pool.step(list(chosen.items()))), warn)
             for s in running:
                 if s in answers:
-                    turns[s].append((now[s].text, chosen[s], now[s], answers[s]))
+                    turns[s].append((now[s].text, chosen[s], now[s], answers[s], False))
                     now[s] = answers[s]
                 else:
                     del now[s]

@@ -156,7 +156,7 @@ def sensible(command, task, held, seen, closed, done):
 def lab_reasons(turns, steps):
     """ScienceWorld: a sentence for each step, from what was seen since one came into the room."""
     found, shown, rooms = [], "", set()
-    for (text, command, before, after), step in zip(turns, steps):
+    for (text, command, before, after, *_), step in zip(turns, steps):
         shown = text if text.startswith("You teleport") else f"{shown}\n{text}"
         named = re.fullmatch(r"(?:open|pick up|focus on|move) (.+?)(?: to (.+))?", command)
         missing = [name for name in named.groups() if name and name not in shown] if named else []

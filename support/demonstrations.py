@@ -77,7 +77,7 @@ def said(tag, thought, command):
 def judged(turns):
     """The steps of an expert's turns with their flaws, as `rollout.play` judges a policy's; no tokens yet."""
     steps, tried, visited = [], defaultdict(set), {turns[0][2].state}
-    for _, command, before, after in turns:
+    for _, command, before, after, *_ in turns:
         steps.append(Step(0, 0, command))
         judge(steps[-1], before, after, tried, visited)
     return steps
@@ -107,7 +107,7 @@ def won_games(games, pool, max_steps, sloppy, seed, critic=None, correct=False, 
 
 
 def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, seed=0, copies=1, critic=None,
-                    correct=False):
+                    correct=False, learn_slips=True):
     """The expert's won episodes as `Episode`s: what the expert said counts as sampled, so losses apply as in
     RL.
 
@@ -117,6 +117,8 @@ def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, 
 
     copies: a policy learns by heart what is where and what there is at all; of each episode so many copies are
     made in which things have other names (ScienceWorld: boxes, rooms and animals). Then it must read.
+    learn_slips: False: a careless expert's slips stand in its episodes, and what it does after them is learnt; they
+    themselves count as given, like observations.
     """
     remembered = {}
 
@@ -141,12 +143,12 @@ def expert_episodes(games, pool, chat, max_steps=20, progress=True, sloppy=0.0, 
                        rename(rng, animals=game.task_type.startswith("find")))
             episode = Demonstration(game, len(episodes), won=True, reward=1.0, score=turns[-1][3].score,
                                     critiques=[(label, say(sentence)) for label, sentence in said_of])
-            for i, (observation, command, *_) in enumerate(turns):
+            for i, (observation, command, _, _, slip) in enumerate(turns):
                 observation, command = say(observation), say(command)
                 episode.give(chat.first_prompt(observation) if i == 0 else ids(observation, chat.next_prompt))
                 tag, thought = openings[i]
                 start, new = len(episode.tokens), ids(said(tag, say(thought), command), answer)
-                episode.sample(new, [0.0] * len(new))
+                episode.sample(new, [0.0] * len(new)) if learn_slips or not slip else episode.give(new)
                 episode.steps.append(dataclasses.replace(
                     steps[i], start=start, end=start + len(new), action=command, tag=tag))
             episodes.append(episode)

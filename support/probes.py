@@ -67,7 +67,7 @@ def make_probes(games, pool, max_steps, count=256, sloppy=0.5, seed=0):
     for game, turns, _ in play_expert(games, pool, max_steps, sloppy=sloppy, seed=seed, warn=silent):
         tried, visited = defaultdict(set), set()
         episodes.append({"game": game.name, "task_type": game.task_type, "turns": [], "probes": {}})
-        for i, (observation, command, before, after) in enumerate(turns):
+        for i, (observation, command, before, after, *_) in enumerate(turns):
             episodes[-1]["turns"].append([observation, command])
             visited.add(before.state)
             step = Step(0, 0, command)

@@ -93,7 +93,7 @@ def sights(env, turns):
 def thoughts(env, turns):
     """(tag, text) for every turn of an expert's episode. turns: as `games.players.play_expert` gives them."""
     found, done = [], set()
-    for i, ((observation, command, before, _), (sought, text)) in enumerate(zip(turns, sights(env, turns))):
+    for i, ((observation, command, before, *_), (sought, text)) in enumerate(zip(turns, sights(env, turns))):
         last = turns[i - 1][1] if i else None
         if i == 0:
             found.append(("planning", plan(env, observation)))

@@ -34,6 +34,19 @@ def test_careless_experts_still_win_and_their_slips_change_nothing_for_good(env,
     assert [[t[1] for t in turns] for _, turns, _ in results] == [[t[1] for t in turns] for _, turns, _ in again]
 
 
+def test_slips_that_are_shown_are_not_learnt(pool):
+    """Only the expert's own commands are scored; what a careful expert says in the same games, as slips change nothing for good."""
+    games = [levels.generated_game("train", s) for s in range(12)]
+    texts = [text for _, turns, _ in play_expert(games, pool, sloppy=0.6, seed=1) for turn in turns for text in turn[:2]]
+    chat = ChatFormat(train_tokenizer(texts), SYSTEM["alfworld"])
+    made = lambda **how: expert_episodes(games, pool, chat, 50, progress=False, seed=1, **how)
+    heard = lambda e: chat.tokenizer.decode([t for t, scored in zip(e.tokens, e.sampled) if scored])
+    careful, learnt, shown = made(), made(sloppy=0.6), made(sloppy=0.6, learn_slips=False)
+    assert [e.tokens for e in learnt] == [e.tokens for e in shown]
+    assert [heard(e) for e in shown] == [heard(e) for e in careful]
+    assert all(len(heard(a)) > len(heard(b)) for a, b in zip(learnt, shown))
+
+
 def test_copies_of_an_episode_name_other_boxes_rooms_and_animals_and_stay_true_to_themselves(pool):
     games = [g for g in levels.list_games("scienceworld", "train", task_types=["find-animal"])][:3]
     texts = [text for _, turns, _ in play_expert(games, pool) for observation, command, *_ in turns for text in (observation, command)]

@@ -368,7 +368,7 @@ def test_probes_are_what_the_judge_says_and_the_same_again(chat, pool, tmp_path)
     turns = {game.name: turns for game, turns, _ in play_expert(games, pool, 15, sloppy=0.5)}
     for episode in made:
         for i, flaws in episode["probes"].items():
-            _, command, before, after = turns[episode["game"]][int(i)]
+            _, command, before, after, *_ = turns[episode["game"]][int(i)]
             assert ("inadmissible" in flaws) == (not after.accepted)
             assert episode["turns"][int(i)][1] == command
     for probe in seen:

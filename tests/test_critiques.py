@@ -40,7 +40,7 @@ def test_the_reasons_in_houses_are_facts_of_the_game(pool):
     seen = set()
     for _, turns, won in play_expert(houses(0, 16), pool, sloppy=0.7, seed=2):
         steps, carried = judged(turns), None
-        for (text, command, before, after), step, (label, reason) in zip(turns, steps, critiques("alfworld", turns, steps)):
+        for (text, command, before, after, *_), step, (label, reason) in zip(turns, steps, critiques("alfworld", turns, steps)):
             if text.startswith("You pick up the "):
                 carried = " ".join(text.split()[4:6])
             if text.startswith("You move the "):
@@ -85,7 +85,7 @@ def test_the_reasons_in_the_laboratory_name_what_is_not_there(pool):
     named = 0
     for _, turns, _ in play_expert(games, pool, sloppy=0.9, seed=1):
         steps, shown = judged(turns), ""
-        for (text, command, before, after), step, (label, reason) in zip(turns, steps, critiques("scienceworld", turns, steps)):
+        for (text, command, before, after, *_), step, (label, reason) in zip(turns, steps, critiques("scienceworld", turns, steps)):
             shown = text if text.startswith("You teleport") else shown + text
             assert label == (not step.flawed) and (reason != "the score rises." or after.score > before.score)
             if reason.endswith(" in sight."):

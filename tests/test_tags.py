@@ -89,7 +89,7 @@ def test_a_tagged_demonstration_plays_back_in_the_real_engine_and_pays(tagged_ch
         (episode,), _ = play(engine, pool, tagged_chat, [game], 1, len(turns), max_context=10**5)
         assert [s.tag for s in episode.steps] == [tag for tag, _ in openings] and won and episode.won
         assert [s.action for s in episode.steps] == [command for _, command, *_ in turns]
-        assert [s.inadmissible for s in episode.steps] == [not after.accepted for *_, after in turns]
+        assert [s.inadmissible for s in episode.steps] == [not after.accepted for _, _, _, after, *_ in turns]
         assert not any(s.malformed for s in episode.steps)
         paid = {"planning": 1, "explore": 1, "reflection": 1, "monitor": 0}
         assert tag_rewards(episode) == [paid[s.tag] for s in episode.steps]
