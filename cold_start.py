@@ -135,26 +135,25 @@ def cold_start(model, episodes, epochs=1, batch=64, lr=2e-3, lm_coef=0.1, seed=0
 def make_cold_start(args, games, pool):
     """The folder of the tiny policy that train.py's --cold-start asks for.
 
-    A policy that comes with the repository where there is one that has seen nothing of what the level tests; official
-    ALFWorld games are longer and have thirty receptacles: policies/tiny, trained on with official expert episodes. What is
-    trained here is cached and found by the next run. `games`: the level's training games; no other game is ever shown.
+    A policy that comes with the repository where there is one that has seen nothing of what the level tests. What is trained
+    here is cached and found by the next run; for official ALFWorld games, which have thirty receptacles, it begins as the
+    policy for generated ones, which can read. `games`: the level's training games; no other game is ever shown.
     """
-    here = os.path.dirname(os.path.abspath(__file__))
-    start = "tiny" if args.games == "official" else SHIPPED[args.env]  # with which official games were measured
-    shipped = os.path.join(here, "policies", start)
-    # ALFWorld's was trained on all six task types, ScienceWorld's on none that is held out.
+    policies = os.path.join(os.path.dirname(os.path.abspath(__file__)), "policies")
+    shipped, reader = os.path.join(policies, SHIPPED[args.games]), os.path.join(policies, SHIPPED["generated"])
+    # ALFWorld's were trained on all six task types, ScienceWorld's on none that is held out.
     may_use = os.path.isdir(shipped) and (args.level != "L2" if args.env == "alfworld" else args.task_types == ["short"])
-    if args.cold_start == "auto" and args.games != "official" and may_use:
+    if args.cold_start == "auto" and may_use:
         return os.path.relpath(shipped)
     count = 0 if args.cold_start == "none" else args.cold_start_episodes
     types = "-".join(str(t) for t in args.task_types or [])[:60]
     name = "-".join(x for x in ("cache", args.games, args.level if args.level == "L2" else "", types, str(count)) if x)
-    folder = os.path.join(here, "policies", f"{name}-seed{args.seed}")
+    folder = os.path.join(policies, f"{name}-seed{args.seed}")
     if os.path.isdir(folder):
         return os.path.relpath(folder)
     chosen = levels.sample_games(games, count or 400, args.seed)
     if count and args.games == "official" and may_use:
-        (model, tokenizer), lr = load_policy(shipped), 1e-3
+        (model, tokenizer), lr = load_policy(reader), 1e-3
     else:
         tokenizer, lr = train_tokenizer(tokenizer_texts(chosen[:400], pool)), 2e-3
         model = tiny_model(tokenizer, seed=args.seed)

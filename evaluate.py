@@ -258,8 +258,8 @@ def run(args, folder, shown):
 
     from support.policies import SHIPPED, notes_of
     from support.setup import PLAYED, player
-    folder = folder or os.path.join(os.path.dirname(os.path.abspath(__file__)), "policies", SHIPPED[args.env])
     kind = levels.choose_games(args.games, args.env)
+    folder = folder or os.path.join(os.path.dirname(os.path.abspath(__file__)), "policies", SHIPPED[kind])
     ours = args.agent == "model" and notes_of(folder).get("prompt") == "short"
     types = args.task_types or (["short"] if ours and args.env == "scienceworld" else None)
     skipped = []

@@ -262,7 +262,7 @@ def parse_arguments():
 
     flag = group("who plays")
     flag("--cold-start", default="auto", choices=["auto", "train", "none"],
-         help="of `tiny`; auto: the one in policies/, trained on for official games; none: random weights")
+         help="of `tiny`; auto: the one in policies/; train: one on expert episodes; none: random weights")
     flag("--cold-start-episodes", type=int, default=1500, help="expert games, where one is trained")
     flag("--engine", default="auto", choices=["auto", "torch", "vllm"],
          help="who samples; auto: vLLM where it is installed and there is a GPU")

@@ -59,10 +59,14 @@ EXPERIMENTS = {
     "classifier-adam": (f"{ALFWORLD} --eval-games 0 --model policies/tiny-reads --coupling-every 16", {
         "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca",
         "generative": "--classifier generative"}, range(8)),
+    # Place d: ALFWorld's own games, from a policy that learnt from careless expert episodes in all of its training games.
+    "official": ("--env alfworld --games official --eval-games 0 --model policies/tiny-official-careless --iterations 12", {
+        "none": "--classifier none", "value": "--classifier value"}, range(3)),
     # (rows `generative-untaught`: `generative` before its warm-up was repaired; experiments/README.md, 2026-11-24)
 }
 # experiment -> flags of evaluate.py for what its runs begin and end with: more games than train.py plays by the way.
 ENDS = {"classifier": [f"{ALFWORLD} --level L1 --count 400"],
+        "official": [f"--env alfworld --games official --level {level}" for level in ("L0", "L1")],  # 140 and 134 games
         "smollm2": [f"{SMOLLM2} --batch 40 --level {level} --count 200" for level in ("L1", "L2")]}
 # Starts that are not in the repository: what makes them.
 MADE_BY = {"policies/cache-smollm2-start-2": "experiments/smollm2_start.sh (12 minutes of a core for the first two stages, which are enough)",

@@ -166,7 +166,7 @@ def collect(args, pool):
     types = args.task_types or (["short"] if args.env == "scienceworld" else None)
     games = levels.level_games(args.env, "L1", "train", args.games, types)
     games = levels.sample_games(games, args.count, args.seed)
-    folder = args.model or os.path.join(ROOT, "policies", SHIPPED[args.env])
+    folder = args.model or os.path.join(ROOT, "policies", SHIPPED[levels.choose_games(args.games, args.env)])
     how = argparse.Namespace(**{name: None for name in PLAYED} | vars(args), device="cpu", shard=False, engine_memory=0.9,
                              tensor_parallel=1)
     engine, chat = player(how, folder)

@@ -16,7 +16,8 @@ from actor import attention_masks, output_logits
 from rollout import TAGS, ChatFormat, system_prompt
 from support.processes import shard, whole
 
-SHIPPED = {"alfworld": "tiny-reads", "scienceworld": "tiny-scienceworld"}  # where the default runs start
+# Where the default runs start, by what is played (games.levels.choose_games).
+SHIPPED = {"generated": "tiny-reads", "official": "tiny-official-careless", "simulator": "tiny-scienceworld"}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKS = ["<action>", "</action>", "<think>", "</think>"]
 TAG_MARKS = [mark for tag in TAGS for mark in (f"<{tag}>", f"</{tag}>")]  # where RLVMR's tags are taught

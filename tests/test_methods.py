@@ -34,8 +34,8 @@ OF = {"alfworld": ["--games", "generated", "--task-types", "1", "--max-steps", "
 def taught(tmp_path_factory):
     """{env: folder} of the shipped policies, as if cold starts had taught them tags and instructions."""
     folders = {}
-    for env, name in SHIPPED.items():
-        model, tokenizer = load_policy(os.path.join(ROOT, "policies", name))
+    for env, kind in (("alfworld", "generated"), ("scienceworld", "simulator")):
+        model, tokenizer = load_policy(os.path.join(ROOT, "policies", SHIPPED[kind]))
         add_tags(model, tokenizer, 0)
         folders[env] = str(tmp_path_factory.mktemp(env) / "taught")
         save_policy(folders[env], model, tokenizer, prompt="short", tags=True, correct=True)
