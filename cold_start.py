@@ -7,6 +7,13 @@
     python cold_start.py --out policies/reads --games generated --episodes 10000 --copies 2 --epochs 2
     python cold_start.py --out policies/tiny-reads --games generated --init policies/reads --sloppy 0.5 --episodes 3000 --copies 2 \
         --epochs 1 --lr 1.5e-3 --seed 1
+    # for ALFWorld's own games: on from the one that reads; then what to do after slips (56% of their valid_unseen); then slips, too (43%)
+    python cold_start.py --out policies/official-reads --init policies/tiny-reads --games official --episodes 4000 --epochs 3 --batch 8 \
+        --precision bfloat16
+    python cold_start.py --out policies/tiny-official --init policies/official-reads --games official --episodes 4000 --sloppy 0.5 \
+        --slips shown --epochs 4 --batch 8 --lr 1.5e-3 --precision bfloat16
+    python cold_start.py --out policies/tiny-official-careless --init policies/tiny-official --games official --episodes 4000 --sloppy 0.5 \
+        --epochs 1 --batch 8 --lr 1e-3 --precision bfloat16
     # the one for ScienceWorld, in the same two steps, from the simulator's solutions of training variations
     python cold_start.py --out policies/reader --env scienceworld --size 1M --task-types short --copies 40 --epochs 2
     python cold_start.py --out policies/tiny-scienceworld --env scienceworld --task-types short --init policies/reader --sloppy 0.8 \

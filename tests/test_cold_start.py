@@ -1,5 +1,6 @@
 """The careless expert, supervised training, and the question that a policy of ours must be taught."""
 
+import argparse
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from games import levels
-from cold_start import cold_start
+from cold_start import cold_start, make_cold_start
 from support.demonstrations import expert_episodes, play_expert, write_messages
 from engines.torch_engine import TorchEngine
 from support.policies import load_policy, make_chat, tiny_model, train_tokenizer
@@ -32,6 +33,16 @@ def test_careless_experts_still_win_and_their_slips_change_nothing_for_good(env,
     assert sum(len(turns) for _, turns, _ in results) > 1.3 * sum(careful.values())
     again = list(play_expert(games, pool, sloppy=0.6, seed=1))
     assert [[t[1] for t in turns] for _, turns, _ in results] == [[t[1] for t in turns] for _, turns, _ in again]
+
+
+@pytest.mark.parametrize("env, kind, types, name", [
+    ("alfworld", "generated", None, "tiny-reads"), ("alfworld", "official", None, "tiny-official-careless"),
+    ("scienceworld", "simulator", ["short"], "tiny-scienceworld")])
+def test_default_runs_start_from_the_shipped_policy_of_their_games(env, kind, types, name):
+    args = argparse.Namespace(env=env, games=kind, level="L1", cold_start="auto", task_types=types)
+    folder = make_cold_start(args, games=None, pool=None)  # nothing is played, nothing trained
+    assert os.path.samefile(folder, os.path.join(ROOT, "policies", name))
+    assert load_policy(folder)[0].num_parameters() < 2_000_000
 
 
 def test_slips_that_are_shown_are_not_learnt(pool):
