@@ -61,7 +61,7 @@ EXPERIMENTS = {
         "generative": "--classifier generative"}, range(8)),
     # Place d: ALFWorld's own games, from a policy that learnt from careless expert episodes in all of its training games.
     "official": ("--env alfworld --games official --eval-games 0 --model policies/tiny-official-careless --iterations 12", {
-        "none": "--classifier none", "value": "--classifier value"}, range(3)),
+        "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca"}, range(3)),
     # (rows `generative-untaught`: `generative` before its warm-up was repaired; experiments/README.md, 2026-11-24)
 }
 # experiment -> flags of evaluate.py for what its runs begin and end with: more games than train.py plays by the way.
