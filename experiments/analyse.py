@@ -19,6 +19,7 @@ import numpy
 from scipy import stats
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from evaluate import bootstrap  # noqa: E402
 from experiments.run import EXPERIMENTS, HERE, read_rows  # noqa: E402
 from support.coupling_report import combine, gaps, text  # noqa: E402
 
@@ -112,6 +113,22 @@ def per_episode(rows, experiment, baseline="none", level="L1"):
             line(f"{arm} - {baseline}, {len(both)} pairs", name, [], [],
                  [count(of_seed[seed], "after", key) - count(runs[baseline][seed], "after", key) for seed in both])
     return "\n".join(lines)
+
+
+def by_game(rows, experiment):
+    """Markdown: success of each run before and after on all test games of its levels together, and after minus before, paired
+    by game, with a 95% bootstrap interval over games: what can be said of one policy, not of training with other seeds."""
+    lines = ["| arm | seed | games | before | after | after - before |", "| --- |" + " --- |" * 5]
+    rank = list(EXPERIMENTS.get(experiment, ((), ()))[1])
+    for row in sorted((row for row in rows if row["experiment"] == experiment), key=lambda r: (rank.index(r["arm"]) if r["arm"] in rank else 99, r["seed"])):
+        levels = sorted(set(row["before"]) & set(row["after"]))
+        before, after = ([int(won) for level in levels for won in row[when][level]["won_by_game"]] for when in ("before", "after"))
+        if levels and len(before) == len(after):
+            low, high = bootstrap([100 * (b - a) for a, b in zip(before, after)])
+            share = [100 * sum(won) / len(won) for won in (before, after)]
+            lines.append(f"| {row['arm']} | {row['seed']} | {len(before)} | {share[0]:.1f} | {share[1]:.1f} | "
+                         f"{share[1] - share[0]:+.1f} ({low:+.1f}, {high:+.1f}) |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 REPAIRED = "2026-11-25"  # rows from before have a split through Adam that left the batch's own gradient out of the moments
@@ -253,6 +270,8 @@ def main():
           f"{table(arms, first, args.baseline)}\n\n{table(arms, flaws, args.baseline)}")
     if "L1 before" in known:
         print(f"\n{per_episode(rows, args.experiment, args.baseline)}")
+    gains = by_game(rows, args.experiment)
+    print(f"\nSuccess on all of its test games, %; 95% intervals over games, paired (of one policy each, not over seeds)\n\n{gains}" if gains else "", end="\n")
     coupling = coupling_table(rows, args.experiment, args.baseline)
     print(f"\nNats per unit step; 95% t intervals over seeds, of ratios by jackknife\n\n{coupling}" if coupling else "", end="\n")
     through_adam = coupling_table(rows, args.experiment, args.baseline, ("inadmissible", "repeated", "flawed"), "adam")

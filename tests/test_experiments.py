@@ -130,6 +130,21 @@ def test_flaws_per_episode_are_share_times_steps_and_paired_by_seed():
     assert "| value - none, 1 pairs | inadmissible |  |  | 5.00 |" in text and "| (steps) |  |  | 2.00 |" in text
 
 
+def test_gains_are_paired_by_game_over_all_levels():
+    won = lambda before, after: {"before": {k: {"won_by_game": v} for k, v in before.items()},
+                                 "after": {k: {"won_by_game": v} for k, v in after.items()}}
+    rows = [{"experiment": "official", "arm": "value", "seed": 0, **won({"L0": "0000", "L1": "1111"}, {"L0": "1111", "L1": "1111"})},
+            {"experiment": "official", "arm": "none", "seed": 1, **won({"L0": "01" * 50}, {"L0": "10" * 50, "L1": "1"})},
+            {"experiment": "official", "arm": "none", "seed": 0, **won({"L0": "0" * 9}, {"L0": "1" * 9})}]
+    lines = analyse.by_game(rows, "official").splitlines()[2:]
+    assert lines[0] == "| none | 0 | 9 | 0.0 | 100.0 | +100.0 (+100.0, +100.0) |"  # no game differs in its gain: no width
+    assert lines[1].startswith("| none | 1 | 100 | 50.0 | 50.0 | +0.0 (-")  # every game changes: wide, though the shares are the same
+    low, high = (float(x) for x in lines[1].split("(")[1].split(")")[0].split(","))
+    assert abs(low + 19.6) < 2 and abs(high - 19.6) < 2  # normal theory: 1.96 * 100 / sqrt(100)
+    assert lines[2].startswith("| value | 0 | 8 | 50.0 | 100.0 | +50.0 (")
+    assert analyse.by_game([{**rows[0], "before": {}}], "official") == ""
+
+
 def test_what_a_run_ends_with_is_evaluated_once(tmp_path, monkeypatch):
     asked = []
 
