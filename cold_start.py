@@ -149,17 +149,18 @@ def make_cold_start(args, games, pool):
     policies = os.path.join(os.path.dirname(os.path.abspath(__file__)), "policies")
     shipped, reader = os.path.join(policies, SHIPPED[args.games]), os.path.join(policies, SHIPPED["generated"])
     # ALFWorld's were trained on all six task types, ScienceWorld's on none that is held out.
-    may_use = os.path.isdir(shipped) and (args.level != "L2" if args.env == "alfworld" else args.task_types == ["short"])
-    if args.cold_start == "auto" and may_use:
+    may_use = args.level != "L2" if args.env == "alfworld" else args.task_types == ["short"]
+    if args.cold_start == "auto" and may_use and os.path.isdir(shipped):
         return os.path.relpath(shipped)
     count = 0 if args.cold_start == "none" else args.cold_start_episodes
     types = "-".join(str(t) for t in args.task_types or [])[:60]
-    name = "-".join(x for x in ("cache", args.games, args.level if args.level == "L2" else "", types, str(count)) if x)
+    reads = bool(count) and args.games == "official" and may_use and os.path.isdir(reader)
+    name = "-".join(x for x in ("cache", args.games, "reads" * reads, args.level if args.level == "L2" else "", types, str(count)) if x)
     folder = os.path.join(policies, f"{name}-seed{args.seed}")
     if os.path.isdir(folder):
         return os.path.relpath(folder)
     chosen = levels.sample_games(games, count or 400, args.seed)
-    if count and args.games == "official" and may_use:
+    if reads:
         (model, tokenizer), lr = load_policy(reader), 1e-3
     else:
         tokenizer, lr = train_tokenizer(tokenizer_texts(chosen[:400], pool)), 2e-3
@@ -183,8 +184,8 @@ def main():
          "a hub name, a .gguf file, or smollm2")
     flag("--episodes", type=int, default=3000, help="training games that the expert plays")
     flag("--sloppy", type=float, default=0.0, help="chance of a careless action before each of the expert's")
-    flag("--slips", default="learnt", choices=["learnt", "shown"], help="--sloppy's careless actions; shown: only what the expert "
-         "does after them is learnt")
+    flag("--slips", default="learnt", choices=["learnt", "shown"], help="--sloppy's careless actions; shown: they weigh as "
+         "little as observations (--lm-coef), what the expert does after them is learnt")
     flag("--seed", type=int, default=0, help="of games, slips, shuffling")
 
     flag = group("what is shown")
@@ -215,7 +216,7 @@ def main():
     flag("--epochs", type=int, default=3, help="passes over the episodes")
     flag("--batch", type=int, default=32, help="episodes per update")
     flag("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
-    flag("--lm-coef", type=float, default=0.1, help="weight of the loss on observation tokens")
+    flag("--lm-coef", type=float, default=0.1, help="weight of the loss on observation tokens and --slips shown")
     flag("--stop-step", type=int, help="stop after so many updates, in the middle of the schedule: a policy that leaves "
          "room to learn by reward")
     flag("--precision", default="float32", choices=["float32", "bfloat16"], help="of --init's matrix products; weights "
@@ -228,6 +229,8 @@ def main():
         parser.error("--critic needs bad actions to judge: add --sloppy 0.5")
     if args.critic == "value" and args.jsonl:
         parser.error("--critic value has no words to write: use --critic generative with --jsonl")
+    if args.slips == "shown" and (args.jsonl or not args.sloppy):
+        parser.error("--slips shown needs slips, and is no part of a dataset: add --sloppy 0.5, leave out --jsonl")
     if bool(args.critic_url) != bool(args.critic_model) or args.critic_url and args.critic == "none":
         parser.error("--critic-url and --critic-model go together, with --critic")
     if args.correct and not args.sloppy:

@@ -117,13 +117,14 @@ def per_episode(rows, experiment, baseline="none", level="L1"):
 
 def by_game(rows, experiment):
     """Markdown: success of each run before and after on all test games of its levels together, and after minus before, paired
-    by game, with a 95% bootstrap interval over games: what can be said of one policy, not of training with other seeds."""
+    by game, with a 95% bootstrap interval over games: what can be said of one policy, not of training with other seeds. "Before"
+    is one evaluation, which runs from one start share."""
     lines = ["| arm | seed | games | before | after | after - before |", "| --- |" + " --- |" * 5]
     rank = list(EXPERIMENTS.get(experiment, ((), ()))[1])
     for row in sorted((row for row in rows if row["experiment"] == experiment), key=lambda r: (rank.index(r["arm"]) if r["arm"] in rank else 99, r["seed"])):
         levels = sorted(set(row["before"]) & set(row["after"]))
         before, after = ([int(won) for level in levels for won in row[when][level]["won_by_game"]] for when in ("before", "after"))
-        if levels and len(before) == len(after):
+        if levels and all(len(row["before"][level]["won_by_game"]) == len(row["after"][level]["won_by_game"]) for level in levels):
             low, high = bootstrap([100 * (b - a) for a, b in zip(before, after)])
             share = [100 * sum(won) / len(won) for won in (before, after)]
             lines.append(f"| {row['arm']} | {row['seed']} | {len(before)} | {share[0]:.1f} | {share[1]:.1f} | "
@@ -271,7 +272,7 @@ def main():
     if "L1 before" in known:
         print(f"\n{per_episode(rows, args.experiment, args.baseline)}")
     gains = by_game(rows, args.experiment)
-    print(f"\nSuccess on all of its test games, %; 95% intervals over games, paired (of one policy each, not over seeds)\n\n{gains}" if gains else "", end="\n")
+    print(f"\nSuccess on all of its test games, %; 95% intervals over games, paired (of one policy each, not over seeds; "before" is shared)\n\n{gains}" if gains else "", end="\n")
     coupling = coupling_table(rows, args.experiment, args.baseline)
     print(f"\nNats per unit step; 95% t intervals over seeds, of ratios by jackknife\n\n{coupling}" if coupling else "", end="\n")
     through_adam = coupling_table(rows, args.experiment, args.baseline, ("inadmissible", "repeated", "flawed"), "adam")

@@ -238,6 +238,8 @@ def plain_dataset(pool, tmp_path):
     (["--critic", "value", "--sloppy", "0.5", "--jsonl", "x.jsonl"], "--critic value has no words to write"),
     (["--critic", "both", "--sloppy", "0.5", "--critic-url", "http://x/v1"], "--critic-url and --critic-model go together"),
     (["--critic-url", "http://x/v1", "--critic-model", "judge"], "--critic-url and --critic-model go together"),
+    (["--slips", "shown"], "--slips shown needs slips"),
+    (["--slips", "shown", "--sloppy", "0.5", "--jsonl", "x.jsonl"], "is no part of a dataset"),
 ])
 def test_flags_that_cannot_be_meant(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["cold_start.py", "--games", "generated", *arguments])

@@ -143,6 +143,8 @@ def test_gains_are_paired_by_game_over_all_levels():
     assert abs(low + 19.6) < 2 and abs(high - 19.6) < 2  # normal theory: 1.96 * 100 / sqrt(100)
     assert lines[2].startswith("| value | 0 | 8 | 50.0 | 100.0 | +50.0 (")
     assert analyse.by_game([{**rows[0], "before": {}}], "official") == ""
+    uneven = won({"L0": "000", "L1": "1"}, {"L0": "11", "L1": "11"})  # as many in all, but a game was left out of each
+    assert analyse.by_game([{**rows[0], **uneven}], "official") == ""
 
 
 def test_what_a_run_ends_with_is_evaluated_once(tmp_path, monkeypatch):
