@@ -272,7 +272,7 @@ def main():
     if "L1 before" in known:
         print(f"\n{per_episode(rows, args.experiment, args.baseline)}")
     gains = by_game(rows, args.experiment)
-    print(f"\nSuccess on all of its test games, %; 95% intervals over games, paired (of one policy each, not over seeds; "before" is shared)\n\n{gains}" if gains else "", end="\n")
+    print(f"\nSuccess on all of its test games, %; 95% intervals over games, paired (of one policy each, not over seeds; before: one evaluation for all)\n\n{gains}" if gains else "", end="\n")
     coupling = coupling_table(rows, args.experiment, args.baseline)
     print(f"\nNats per unit step; 95% t intervals over seeds, of ratios by jackknife\n\n{coupling}" if coupling else "", end="\n")
     through_adam = coupling_table(rows, args.experiment, args.baseline, ("inadmissible", "repeated", "flawed"), "adam")
