@@ -117,8 +117,8 @@ def per_episode(rows, experiment, baseline="none", level="L1"):
 
 def by_game(rows, experiment):
     """Markdown: success of each run before and after on all test games of its levels together, and after minus before, paired
-    by game, with a 95% bootstrap interval over games: what can be said of one policy, not of training with other seeds. "Before"
-    is one evaluation, which runs from one start share."""
+    by game, with a 95% bootstrap interval over games: what can be said of one policy, not of training with other seeds. In
+    some experiments one evaluation of the common start is "before" for all runs."""
     lines = ["| arm | seed | games | before | after | after - before |", "| --- |" + " --- |" * 5]
     rank = list(EXPERIMENTS.get(experiment, ((), ()))[1])
     for row in sorted((row for row in rows if row["experiment"] == experiment), key=lambda r: (rank.index(r["arm"]) if r["arm"] in rank else 99, r["seed"])):
@@ -272,7 +272,7 @@ def main():
     if "L1 before" in known:
         print(f"\n{per_episode(rows, args.experiment, args.baseline)}")
     gains = by_game(rows, args.experiment)
-    print(f"\nSuccess on all of its test games, %; 95% intervals over games, paired (of one policy each, not over seeds; before: one evaluation for all)\n\n{gains}" if gains else "", end="\n")
+    print(f"\nSuccess on all of its test games, %; 95% intervals over games, paired (of one policy each, not over seeds)\n\n{gains}" if gains else "", end="\n")
     coupling = coupling_table(rows, args.experiment, args.baseline)
     print(f"\nNats per unit step; 95% t intervals over seeds, of ratios by jackknife\n\n{coupling}" if coupling else "", end="\n")
     through_adam = coupling_table(rows, args.experiment, args.baseline, ("inadmissible", "repeated", "flawed"), "adam")
