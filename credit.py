@@ -13,6 +13,12 @@ at:
     hgpo      steps after the same last observations            none are, and base=True (without: 0)
     graphgpo  the distance to success in the graph of states    no two steps start in the same state
     adca      good and bad labels                               no step has one
+    penalty   flawed steps                                      no step is flawed
+    unflawed  the outcome, for unflawed steps alone             no step is flawed
+    flawed    the outcome, for flawed steps alone               every step is flawed
+
+The last three are for experiments: `unflawed` and `flawed` train by one part of GRPO's gradient each, those
+that coupling.py tells apart, and `penalty` is what one tries before anything cleverer.
 
 Throughout, z_P(x) = (x - mean_P(x)) / (std_P(x) + eps) compares a number with a pool P of its like, by the
 population's standard deviation as in grpo.py; it is 0 for who is alone in a pool, and in a pool without
@@ -216,7 +222,38 @@ def adca(episodes, normalize_std=True, labels=None, size=0.2, alpha=0.1):
     return grpo(episodes, normalize_std) + torch.cat(follow)
 
 
-CREDIT = {"grpo": grpo, "rlvmr": rlvmr, "gigpo": gigpo, "hgpo": hgpo, "graphgpo": graphgpo, "adca": adca}
+def penalty(episodes, normalize_std=True, labels=None, size=0.28):
+    """Every flawed step (`Step.flawed`) costs a constant: the control for `adca`, which punishes harder, too.
+
+        A_t = z_group(R_i) - size 1{flawed}                                                       (7)
+
+    size: by how much adca's mean advantage of flawed steps was below GRPO's where the two were compared
+    (docs/experiment.md), so that flawed steps are punished as hard there and nothing is spread over time.
+    """
+    flawed = torch.tensor([float(step.flawed) for *_, step in steps_of(episodes)])                # (S,)
+    return grpo(episodes, normalize_std) - size * flawed
+
+
+def unflawed(episodes, normalize_std=True, labels=None):
+    """GRPO with the flawed steps' share of the gradient left out, G_u of coupling.py: what leaks into flaws.
+
+        A_t = z_group(R_i) 1{not flawed}                                                          (8)
+
+    The weights of the tokens are not touched (grpo.token_weights), so G_u + G_f is GRPO's gradient.
+    """
+    return grpo(episodes, normalize_std) - flawed(episodes, normalize_std)
+
+
+def flawed(episodes, normalize_std=True, labels=None):
+    """The other part, G_f: the flaws' own correction, and nothing that could leak.
+
+        A_t = z_group(R_i) 1{flawed}                                                              (9)
+    """
+    return grpo(episodes, normalize_std) * torch.tensor([float(step.flawed) for *_, step in steps_of(episodes)])
+
+
+CREDIT = {"grpo": grpo, "rlvmr": rlvmr, "gigpo": gigpo, "hgpo": hgpo, "graphgpo": graphgpo, "adca": adca,
+          "penalty": penalty, "unflawed": unflawed, "flawed": flawed}
 
 
 # ----------------------------------------------------------------------------------------- entropy smoothing
@@ -224,7 +261,7 @@ CREDIT = {"grpo": grpo, "rlvmr": rlvmr, "gigpo": gigpo, "hgpo": hgpo, "graphgpo"
 def epo(entropies, lengths, turns, reference=None, low=0.5, high=1.5):
     """EPO's smoothing: the entropy of a turn stays within [low, high] times what it was (arXiv 2509.22576).
 
-        P = 1/T sum_t max(0, low H_ref - H_t) + max(0, H_t - high H_ref),     H = 1/T sum_t H_t   (7)
+        P = 1/T sum_t max(0, low H_ref - H_t) + max(0, H_t - high H_ref),     H = 1/T sum_t H_t  (10)
 
     eqs. (3)-(4) there, on the mean H_t over the tokens of turn t in place of single tokens. The penalty of
     its published code has no gradient; here it runs through the entropies. The paper's whole loss, eq. (6),

@@ -59,13 +59,17 @@ EXPERIMENTS = {
     "classifier-adam": (f"{ALFWORLD} --eval-games 0 --model policies/tiny-reads --coupling-every 16", {
         "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca",
         "generative": "--classifier generative"}, range(8)),
+    # What the two parts of the gradient do when each trains alone, and whether a plain penalty does what ADCA does; beside `none`
+    # and `adca` of `classifier`, which play the same games.
+    "parts": (f"{ALFWORLD} --eval-games 0 --model policies/tiny-reads --classifier none", {
+        rule: f"--credit {rule}" for rule in ("unflawed", "flawed", "penalty")}, range(8)),
     # Place d: ALFWorld's own games, from a policy that learnt from careless expert episodes in its training games.
     "official": ("--env alfworld --games official --eval-games 0 --model policies/tiny-official-careless --iterations 12", {
         "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca"}, range(3)),
     # (rows `generative-untaught`: `generative` before its warm-up was repaired; experiments/README.md, 2026-11-24)
 }
 # experiment -> flags of evaluate.py for what its runs begin and end with: more games than train.py plays by the way.
-ENDS = {"classifier": [f"{ALFWORLD} --level L1 --count 400"],
+ENDS = {"classifier": [f"{ALFWORLD} --level L1 --count 400"], "parts": [f"{ALFWORLD} --level L1 --count 400"],
         "official": [f"--env alfworld --games official --level {level}" for level in ("L0", "L1")],  # 140 and 134 games
         "smollm2": [f"{SMOLLM2} --batch 40 --level {level} --count 200" for level in ("L1", "L2")]}
 # Starts that are not in the repository: what makes them.
@@ -126,11 +130,12 @@ def row_of(folder, **about):
 
 
 def read_rows(path):
-    """The rows of results.jsonl, none where there is no such file yet."""
+    """The rows of results.jsonl, none where there is no such file yet. Of a run's rows the last: --ends-later writes it twice."""
     if not os.path.exists(path):
         return []
     with open(path) as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+        rows = [json.loads(line) for line in file if line.endswith("\n")]
+    return list({(row["experiment"], row["arm"], row["seed"]): row for row in rows}.values())
 
 
 def append(path, row):
@@ -185,7 +190,9 @@ def ends(experiment, folder, command, args):
 def do(experiment, arm, seed, args):
     """One run, begun or resumed; appends its row. Returns a line that says what became of it."""
     name = f"{experiment}/{arm}, seed {seed}"
-    if any((row["experiment"], row["arm"], row["seed"]) == (experiment, arm, seed) for row in read_rows(args.results)):
+    there = [row for row in read_rows(args.results) if (row["experiment"], row["arm"], row["seed"]) == (experiment, arm, seed)]
+    own_ends = experiment in ENDS and not args.ends_later
+    if there and (there[0]["after"] or not own_ends):
         return f"{name}: done before"
     folder = os.path.join(args.runs, experiment, f"{arm}-seed{seed}")
     os.makedirs(folder, exist_ok=True)
@@ -195,6 +202,8 @@ def do(experiment, arm, seed, args):
     else:
         arguments = [*command, "--out", folder]
     note = os.path.join(folder, "commit.txt")  # of the beginning: a resumed run keeps it
+    if there and not os.path.exists(note):
+        return f"{name}: trained, but its evaluation FAILED: {folder} is gone"
     if not os.path.exists(note):
         with open(note, "w") as file:
             file.write(commit())
@@ -208,7 +217,8 @@ def do(experiment, arm, seed, args):
                  cores=os.cpu_count(), threads=os.environ.get("OMP_NUM_THREADS"), gpu=gpu_of(folder))
     if done.returncode or row is None:
         return f"{name}: FAILED, see {folder}/log.txt"
-    if experiment in ENDS:
+    row = there[0] if there else row
+    if own_ends:
         found = ends(experiment, folder, command, args)
         if not found:
             return f"{name}: trained, but its evaluation FAILED"
@@ -226,6 +236,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, help="these instead of the experiment's own")
     parser.add_argument("--results", default=os.path.join(HERE, "results.jsonl"), help="where the rows are")
     parser.add_argument("--runs", default=os.path.join(ROOT, "runs", "experiments"), help="where the runs are")
+    parser.add_argument("--ends-later", action="store_true", help="rows without the experiment's own evaluations; the same command without this adds them")
     parser.add_argument("--workers", type=int, help="environment processes of a run (default as train.py)")
     args = parser.parse_args()
     if args.list or not args.experiment:

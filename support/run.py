@@ -169,7 +169,7 @@ def set_rate(optimizer, args, iteration):
 
 
 def smooth_entropy(run, entropies, part, turns):
-    """EPO's term of the loss (credit.epo, eq. 7), 0 without `--epo`, and the part's share of the mean entropy of a turn.
+    """EPO's term of the loss (credit.epo, eq. 10), 0 without `--epo`, and the part's share of the mean entropy of a turn.
 
     entropies: (n,) of the part's sampled tokens; turns: of the whole batch. The reference is the mean over all
     iterations so far.

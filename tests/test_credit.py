@@ -14,14 +14,17 @@ The group. States a, b, c; * is success. In brackets what the policy had read, b
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import coupling
 from actor import token_logprobs
-from credit import CREDIT, GOAL, adca, distances, epo, gigpo, graphgpo, grpo, hgpo, rlvmr, tag_rewards
+from credit import CREDIT, GOAL, adca, distances, epo, flawed, gigpo, graphgpo, grpo, hgpo, penalty, rlvmr, tag_rewards, unflawed
 from engines.torch_engine import TorchEngine
 from games import levels
+from helpers import make_batch
 from rollout import Episode, Step, play
 from support.policies import load_policy, make_chat
 
@@ -162,16 +165,26 @@ def test_adca_by_hand():
         adca(group())
 
 
+def test_the_two_parts_and_the_penalty_by_hand():
+    """Flawed: `look` (no effect), the second `wander` (repeated) and the malformed answer."""
+    assert flawed(group()).tolist() == approx([0, 0, LOST, 0, 0, 0, LOST, LOST])
+    assert unflawed(group()).tolist() == approx([WON, WON, 0, LOST, LOST, LOST, 0, 0])
+    assert penalty(group(), size=0.5).tolist() == approx([WON, WON, LOST - 0.5, LOST, LOST, LOST, LOST - 0.5, LOST - 0.5])
+
+
 def test_where_there_is_nothing_to_look_at_every_rule_is_grpo():
     """Six steps in six states, after six observations, without tags and without labels."""
     episodes = group()
     for number, one in enumerate(s for e in episodes for s in e.steps):
         one.state, one.next_state, one.observation = number, number + 1, number
-        one.tag, one.malformed = None, False
+        one.tag, one.malformed, one.no_effect, one.repeated = None, False, False, False
     for normalize_std in (True, False):
         plain = grpo(episodes, normalize_std)
         none = torch.full((8,), -1)
+        assert not flawed(episodes, normalize_std).any()
         for name, rule in CREDIT.items():
+            if name == "flawed":  # the other way round: nothing to look at is nothing to learn from
+                continue
             own = {"base": True} if name == "hgpo" else {}
             found = rule(episodes, normalize_std=normalize_std, labels=none, **own)
             assert torch.allclose(found, plain, atol=1e-6) and found.shape == (8,), name
@@ -248,8 +261,18 @@ def test_every_rule_on_a_real_group(pool):
         assert advantages.shape == (len(steps),) and advantages.isfinite().all()
         assert advantages.dtype == torch.float32
     assert any(e.won for e in episodes) and torch.equal(found["rlvmr"], found["grpo"])
-    for name in ("gigpo", "hgpo", "graphgpo", "adca"):
+    for name in ("gigpo", "hgpo", "graphgpo", "adca", "penalty", "unflawed", "flawed"):
         assert (found[name] - found["grpo"]).abs().max() > 0.1, name
+    # What `unflawed` and `flawed` train by are the parts that coupling.py tells apart: the same gradients.
+    args, run = SimpleNamespace(temperature=1.0, micro_tokens=4096), SimpleNamespace(model=model)
+    batch = make_batch(episodes, torch.zeros(len(episodes)))
+    batch.advantages = found["grpo"]
+    for name, part in zip(("unflawed", "flawed"), coupling.parts_of(args, run, batch)):
+        batch.advantages = found[name]
+        own = coupling.ascent(args, run, batch)
+        assert coupling.norm(part) > 1e-3, name
+        assert coupling.norm([a - b for a, b in zip(own, part)]) < 1e-5 * coupling.norm(part), name
+        batch.advantages = found["grpo"]
 
 
 # -------------------------------------------------------------------------------------------------------- EPO
