@@ -20,7 +20,7 @@ from scipy import stats
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from evaluate import bootstrap  # noqa: E402
-from experiments.run import EXPERIMENTS, HERE, read_rows  # noqa: E402
+from experiments.run import EXPERIMENTS, HERE, read_runs  # noqa: E402
 from support.coupling_report import combine, gaps, text  # noqa: E402
 
 ARM_COLORS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -259,7 +259,7 @@ def main():
     parser.add_argument("--arms", nargs="+", help="these alone (default: all that have rows)")
     parser.add_argument("--out", help="picture to write")
     args = parser.parse_args()
-    rows = [row for row in read_rows(args.results) if not args.arms or row["arm"] in args.arms]
+    rows = [row for row in read_runs(args.results) if not args.arms or row["arm"] in args.arms]
     arms = by_arm(rows, args.experiment)
     if not arms:
         sys.exit(f"analyse.py: no rows of {args.experiment} in {args.results}: python experiments/run.py {args.experiment}")

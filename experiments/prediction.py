@@ -25,7 +25,7 @@ from scipy import stats
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from experiments.analyse import mean_and_half, shown, splits  # noqa: E402
-from experiments.run import HERE, read_rows  # noqa: E402
+from experiments.run import HERE, read_rows, read_runs  # noqa: E402
 from rollout import FLAWS  # noqa: E402
 from support.coupling_figures import draw_fate  # noqa: E402
 from support.coupling_report import combine, text  # noqa: E402
@@ -99,10 +99,10 @@ def main():
     parser.add_argument("--results", default=os.path.join(HERE, "results.jsonl"))
     parser.add_argument("--out", help="picture to write")
     args = parser.parse_args()
-    found = points(read_rows(args.results))
+    found = points(read_runs(args.results))
     if len(found) < 4:
         sys.exit(f"prediction.py: {len(found)} points in {args.results}: too few for a rank correlation")
-    shares = {point[:2]: point[3] for point in points(read_rows(args.results), unit="share of steps")}
+    shares = {point[:2]: point[3] for point in points(read_runs(args.results), unit="share of steps")}
     print("After / before RL: mean over runs and 95% t interval\n\n"
           "| start | flaw | leak | own correction | leak + own | times per episode | share of steps |\n" + "| --- " * 7 + "|")
     nets = []

@@ -130,12 +130,16 @@ def row_of(folder, **about):
 
 
 def read_rows(path):
-    """The rows of results.jsonl, none where there is no such file yet. Of a run's rows the last: --ends-later writes it twice."""
+    """The rows of a file, none where there is no such file yet."""
     if not os.path.exists(path):
         return []
     with open(path) as file:
-        rows = [json.loads(line) for line in file if line.endswith("\n")]
-    return list({(row["experiment"], row["arm"], row["seed"]): row for row in rows}.values())
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def read_runs(path):
+    """The rows of results.jsonl, of each run the last: after --ends-later it has two, the second with its evaluations."""
+    return list({(row["experiment"], row["arm"], row["seed"]): row for row in read_rows(path)}.values())
 
 
 def append(path, row):
@@ -177,6 +181,8 @@ def evaluated(model, flags, path, workers=None):
 
 def ends(experiment, folder, command, args):
     """{"before": {level: result}, "after": ...}: the experiment's own evaluations of a finished run; None where one fails."""
+    if not os.path.isdir(folder):  # of a row made elsewhere with --ends-later
+        return None
     start, found = command[command.index("--model") + 1], {"before": {}, "after": {}}
     last = os.path.join(folder, sorted(name for name in os.listdir(folder) if name.startswith("checkpoint-"))[-1])
     for flags in ENDS[experiment]:
@@ -187,23 +193,14 @@ def ends(experiment, folder, command, args):
     return found if all(result for when in found.values() for result in when.values()) else None
 
 
-def do(experiment, arm, seed, args):
-    """One run, begun or resumed; appends its row. Returns a line that says what became of it."""
-    name = f"{experiment}/{arm}, seed {seed}"
-    there = [row for row in read_rows(args.results) if (row["experiment"], row["arm"], row["seed"]) == (experiment, arm, seed)]
-    own_ends = experiment in ENDS and not args.ends_later
-    if there and (there[0]["after"] or not own_ends):
-        return f"{name}: done before"
-    folder = os.path.join(args.runs, experiment, f"{arm}-seed{seed}")
+def trained(folder, name, command, **about):
+    """A run of train.py, begun or resumed: its row, None where it failed."""
     os.makedirs(folder, exist_ok=True)
-    command = command_of(experiment, arm, seed, args.workers)
     if os.path.exists(os.path.join(folder, "config.json")):
         arguments = ["--resume", folder]
     else:
         arguments = [*command, "--out", folder]
     note = os.path.join(folder, "commit.txt")  # of the beginning: a resumed run keeps it
-    if there and not os.path.exists(note):
-        return f"{name}: trained, but its evaluation FAILED: {folder} is gone"
     if not os.path.exists(note):
         with open(note, "w") as file:
             file.write(commit())
@@ -212,12 +209,23 @@ def do(experiment, arm, seed, args):
     print(f"{name}: python train.py {shlex.join(arguments)}", flush=True)
     with open(os.path.join(folder, "log.txt"), "a") as log:
         done = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *arguments], stdout=log, stderr=log, cwd=ROOT)
-    row = row_of(folder, experiment=experiment, arm=arm, seed=seed, commit=began,
-                 command=shlex.join(["python", "train.py", *command]), date=time.strftime("%Y-%m-%d"),
+    row = row_of(folder, **about, commit=began, command=shlex.join(["python", "train.py", *command]), date=time.strftime("%Y-%m-%d"),
                  cores=os.cpu_count(), threads=os.environ.get("OMP_NUM_THREADS"), gpu=gpu_of(folder))
-    if done.returncode or row is None:
+    return None if done.returncode else row
+
+
+def do(experiment, arm, seed, args):
+    """One run, begun or resumed; appends its row. Returns a line that says what became of it."""
+    name = f"{experiment}/{arm}, seed {seed}"
+    there = [row for row in read_runs(args.results) if (row["experiment"], row["arm"], row["seed"]) == (experiment, arm, seed)]
+    own_ends = experiment in ENDS and not args.ends_later
+    if there and (there[0]["after"] or not own_ends):
+        return f"{name}: done before"
+    folder = os.path.join(args.runs, experiment, f"{arm}-seed{seed}")
+    command = command_of(experiment, arm, seed, args.workers)
+    row = there[0] if there else trained(folder, name, command, experiment=experiment, arm=arm, seed=seed)
+    if row is None:
         return f"{name}: FAILED, see {folder}/log.txt"
-    row = there[0] if there else row
     if own_ends:
         found = ends(experiment, folder, command, args)
         if not found:
@@ -240,7 +248,7 @@ def main():
     parser.add_argument("--workers", type=int, help="environment processes of a run (default as train.py)")
     args = parser.parse_args()
     if args.list or not args.experiment:
-        rows = read_rows(args.results)
+        rows = read_runs(args.results)
         for name, (common, arms, seeds) in EXPERIMENTS.items():
             print(f"{name}: {common}")
             for arm, flags in arms.items():

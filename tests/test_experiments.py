@@ -26,8 +26,8 @@ def test_every_arm_is_one_that_train_accepts(experiment, monkeypatch):
         assert train.parse_arguments().seed == seeds[0]
 
 
-def make_run(folder, iterations, done, won):
-    """A run's folder as train.py writes it, with two games."""
+def make_run(folder, iterations, done, won, evaluated=True):
+    """A run's folder as train.py writes it, with two games; not evaluated: as with --eval-games 0."""
     result = {"success": 0.5, "low": 0.1, "high": 0.9, "inadmissible": 0.25, "repeated": 0.5, "no_effect": 0.0,
               "played": {"b": {"won": won, "score": None, "steps": 3}, "a": {"won": True, "score": None, "steps": 4}},
               "bad_games": []}
@@ -35,9 +35,9 @@ def make_run(folder, iterations, done, won):
     with open(os.path.join(folder, "config.json"), "w") as file:
         json.dump({"iterations": iterations}, file)
     with open(os.path.join(folder, "metrics.jsonl"), "w") as file:
-        file.write(json.dumps({"iteration": 0, "eval_L1": result}) + "\n")
+        file.write(json.dumps({"iteration": 0} | ({"eval_L1": result} if evaluated else {})) + "\n")
         for i in range(1, done + 1):
-            last = {"eval_L1": {**result, "success": 0.75}} if i == iterations else {}
+            last = {"eval_L1": {**result, "success": 0.75}} if evaluated and i == iterations else {}
             file.write(json.dumps({"iteration": i, "success": 0.1 * i, "inadmissible": 0.4, "repeated": 0.1 * i,
                                    "seconds_play": 30.0, "seconds_update": 30.0, "accuracy_value_good_won": 0.5, **last}) + "\n")
     return folder
@@ -168,6 +168,31 @@ def test_what_a_run_ends_with_is_evaluated_once(tmp_path, monkeypatch):
         for level in ("L1", "L2"):
             assert found["before"][level]["won_by_game"] == "00" and found["after"][level]["won_by_game"] == "01"
     assert len(asked) == 4 and [one[3] for one in asked] == ["L1", "L1", "L2", "L2"]  # each of them once
+
+
+def test_evaluations_can_come_later(tmp_path, monkeypatch, capsys):
+    """--ends-later: a row of the training alone; without it the same run gets a row with its evaluations, is not trained again, and
+    counts once."""
+    results, runs, trained = str(tmp_path / "results.jsonl"), str(tmp_path / "runs"), []
+
+    def pretend(command, **_):
+        trained.append("--resume" not in command)
+        make_run(command[command.index("--resume" if "--resume" in command else "--out") + 1], 2, 2, False, evaluated=False)
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(run, "commit", lambda: "abc1234")
+    monkeypatch.setattr(run.subprocess, "run", pretend)
+    monkeypatch.setattr(run, "ends", lambda *_: {"before": {"L1": {"success": 0.25}}, "after": {"L1": {"success": 0.5}}})
+    arguments = ["run.py", "parts", "--arms", "flawed", "--seeds", "7", "--results", results, "--runs", runs]
+    for more, expected in ((["--ends-later"], "2.0 minutes"), (["--ends-later"], "done before"), ([], "L1 50.0%"), ([], "done before")):
+        monkeypatch.setattr(sys, "argv", arguments + more)
+        with pytest.raises(SystemExit) as stopped:
+            run.main()
+        assert expected in capsys.readouterr().out and stopped.value.code == 0
+    assert sum(trained) == 1
+    before, after = run.read_rows(results)
+    assert not before["after"] and after["after"]["L1"]["success"] == 0.5 and run.read_runs(results) == [after]
+    assert {**after, "before": {}, "after": {}} == {**before, "before": {}, "after": {}}
 
 
 def test_prediction_points_by_hand(tmp_path, monkeypatch):
