@@ -1,6 +1,7 @@
 """Tables and pictures of an experiment, from results.jsonl alone.
 
     python experiments/analyse.py default                                 # the tables, as Markdown
+    python experiments/analyse.py parts --beside classifier --arms none adca unflawed flawed penalty      # with arms of another
     python experiments/analyse.py default --out docs/default-runs.png     # and the picture (of leak and own correction, too:
                                                                           # ...-coupling.png)
 
@@ -45,6 +46,8 @@ def outcomes(row):
     """{outcome: percent} of a run: success at each level before and after, flaws averaged over training and at the end."""
     training = lambda key: 100 * float(numpy.mean([one.get(key, numpy.nan) for one in row["training"]]))
     found = {"coupled, training": training("inadmissible") + training("repeated"), "success, training": training("success")}
+    for key, name in (*FLAWS, ("malformed", "malformed")):
+        found[f"{name}, training"] = training(key)
     for when in ("before", "after"):
         for level, result in row[when].items():
             found[f"{level} {when}"] = 100 * result["success"]
@@ -257,9 +260,12 @@ def main():
     parser.add_argument("--results", default=os.path.join(HERE, "results.jsonl"))
     parser.add_argument("--baseline", default="none", help="what the other arms are compared with")
     parser.add_argument("--arms", nargs="+", help="these alone (default: all that have rows)")
+    parser.add_argument("--beside", choices=list(EXPERIMENTS), help="another experiment on the same games: its arms join this one's")
     parser.add_argument("--out", help="picture to write")
     args = parser.parse_args()
     rows = [row for row in read_runs(args.results) if not args.arms or row["arm"] in args.arms]
+    own = {row["arm"] for row in rows if row["experiment"] == args.experiment}
+    rows = [{**row, "experiment": args.experiment} if row["experiment"] == args.beside and row["arm"] not in own else row for row in rows]
     arms = by_arm(rows, args.experiment)
     if not arms:
         sys.exit(f"analyse.py: no rows of {args.experiment} in {args.results}: python experiments/run.py {args.experiment}")
@@ -267,8 +273,9 @@ def main():
     first = [o for o in ("L1 before", "L1 after", "L2 before", "L2 after", "L0 after", "success, training") if o in known]
     flaws = ["coupled, training", "coupled, L1 after - before"] + [f"{name}, L1 {when}" for _, name in FLAWS for when in ("before", "after")]
     flaws = [o for o in flaws if o in known]
+    each = [f"{name}, training" for name in ("inadmissible", "repeated", "without effect", "malformed")]
     print(f"{args.experiment}, % (each seed; mean ± half of the 95% t interval over seeds)\n\n"
-          f"{table(arms, first, args.baseline)}\n\n{table(arms, flaws, args.baseline)}")
+          f"{table(arms, first, args.baseline)}\n\n{table(arms, flaws, args.baseline)}\n\n{table(arms, each, args.baseline)}")
     if "L1 before" in known:
         print(f"\n{per_episode(rows, args.experiment, args.baseline)}")
     gains = by_game(rows, args.experiment)

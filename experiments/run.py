@@ -61,8 +61,10 @@ EXPERIMENTS = {
         "generative": "--classifier generative"}, range(8)),
     # What the two parts of the gradient do when each trains alone, and whether a plain penalty does what ADCA does; beside `none`
     # and `adca` of `classifier`, which play the same games.
-    "parts": (f"{ALFWORLD} --eval-games 0 --model policies/tiny-reads --classifier none", {
-        rule: f"--credit {rule}" for rule in ("unflawed", "flawed", "penalty")}, range(8)),
+    "parts": (f"{ALFWORLD} --eval-games 0 --model policies/tiny-reads", {
+        **{rule: f"--classifier none --credit {rule}" for rule in ("unflawed", "flawed", "penalty")},
+        "unflawed-value": "--credit unflawed --classifier value",
+        "unflawed-shuffled": "--credit unflawed --classifier value --control shuffled"}, range(8)),
     # Place d: ALFWorld's own games, from a policy that learnt from careless expert episodes in its training games.
     "official": ("--env alfworld --games official --eval-games 0 --model policies/tiny-official-careless --iterations 12", {
         "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca"}, range(3)),
