@@ -231,10 +231,10 @@ def draw(rows, experiment, arms, baseline, path):
             axes[1].errorbar([x + 0.12], [mean], [[0 if numpy.isnan(half) else half]] * 2, fmt="_", color=colors[k % 7], capsize=3)
     axes[0].set(xlabel="iteration", ylim=(0, None))
     axes[0].set_title("inadmissible + repeated, % of steps, in training\n(mean of 5 iterations; band: 95% t over seeds)", fontsize=10)
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=7, loc="lower left", ncol=3)
     axes[1].set(xticks=range(len(arms)), ylim=(0, 100))
     axes[1].set_title(f"success on {level}, %\n(a mark a seed, hollow: where RL starts; bars: 95% t)", fontsize=10)
-    axes[1].set_xticklabels(arms, rotation=20)
+    axes[1].set_xticklabels(arms, rotation=20, ha="right")
     others = [arm for arm in arms if arm != baseline and baseline in arms]
     for k, arm in enumerate(others):
         for shift, outcome, mark in ((-0.15, f"{level} after", "o"), (0.15, "coupled, training", "s")):
@@ -247,7 +247,7 @@ def draw(rows, experiment, arms, baseline, path):
     axes[2].axhline(0, color="grey", lw=0.8)
     axes[2].set(xticks=range(len(others)), xlim=(-0.6, len(others) - 0.4))
     axes[2].set_title(f"minus {baseline}, points, paired by seed\n(grey: a seed; bars: 95% t)", fontsize=10)
-    axes[2].set_xticklabels(others, rotation=20)
+    axes[2].set_xticklabels(others, rotation=20, ha="right")
     if others:
         axes[2].legend(fontsize=8)
     figure.savefig(path, dpi=110)
