@@ -25,6 +25,8 @@ ALFWORLD = "--env alfworld --games generated"
 SMOLLM2 = f"{ALFWORLD} --precision bfloat16 --max-new-tokens 32"
 LIGHT_START = (f"{SMOLLM2} --eval-games 0 --model policies/cache-smollm2-start-2 --max-steps 14 --tasks 3 --iterations 12 "
                "--kl-coef 0 --micro-tokens 4096")
+# An arm's policy where RL begins: after the supervised updates, in one iteration whose rate is a millionth of the usual.
+NO_STEP = "--iterations 1 --warmup 1000000 --coupling-every 0"
 
 # experiment -> (flags of all its runs, {arm: flags of its own}, seeds)
 EXPERIMENTS = {
@@ -47,7 +49,8 @@ EXPERIMENTS = {
     "classifier": (f"{ALFWORLD} --eval-games 0 --model policies/tiny-reads --coupling-every 16", {
         "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca",
         "stop-gradient": "--classifier value --control stop-gradient",
-        "shuffled": "--classifier value --control shuffled", "generative": "--classifier generative"}, range(8)),
+        "shuffled": "--classifier value --control shuffled", "generative": "--classifier generative",
+        "warmed-up": f"--classifier none {NO_STEP}", "warmed-up-value": f"--classifier value {NO_STEP}"}, range(8)),
     # Place b: SmolLM2 from its light start, which experiments/smollm2_start.sh makes (its default folder). The same commands
     # on a GPU, with as many --seeds as it has time for; rows say where they were made. 1e-5 by the tuning rule, which neither rate passed well.
     "smollm2-tuning": (LIGHT_START, {f"none-{lr}": f"--classifier none --lr {lr}" for lr in ("1e-5", "3e-5", "1e-4")}, range(100, 101)),
@@ -65,13 +68,18 @@ EXPERIMENTS = {
         **{rule: f"--classifier none --credit {rule}" for rule in ("unflawed", "flawed", "penalty")},
         "unflawed-value": "--credit unflawed --classifier value",
         "unflawed-shuffled": "--credit unflawed --classifier value --control shuffled"}, range(8)),
+    # Hypothesis G's other half: RL on four kinds of task (1 to 4), success on the two it has not had (5 and 6).
+    "unseen-types": (f"{ALFWORLD} --level L2 --eval-games 0 --model policies/tiny-reads", {
+        "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca"}, range(6)),
     # Place d: ALFWorld's own games, from a policy that learnt from careless expert episodes in its training games.
     "official": ("--env alfworld --games official --eval-games 0 --model policies/tiny-official-careless --iterations 12", {
-        "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca"}, range(3)),
+        "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca",
+        "warmed-up": f"--classifier none {NO_STEP}", "warmed-up-value": f"--classifier value {NO_STEP}"}, range(3)),
     # (rows `generative-untaught`: `generative` before its warm-up was repaired; experiments/README.md, 2026-11-24)
 }
 # experiment -> flags of evaluate.py for what its runs begin and end with: more games than train.py plays by the way.
 ENDS = {"classifier": [f"{ALFWORLD} --level L1 --count 400"], "parts": [f"{ALFWORLD} --level L1 --count 400"],
+        "unseen-types": [f"{ALFWORLD} --level L2 --count 400"],
         "official": [f"--env alfworld --games official --level {level}" for level in ("L0", "L1")],  # 140 and 134 games
         "smollm2": [f"{SMOLLM2} --batch 40 --level {level} --count 200" for level in ("L1", "L2")]}
 # Starts that are not in the repository: what makes them.
