@@ -152,9 +152,12 @@ def pay_success_only(episodes):
 
 
 def flaw_rates(episodes):
-    """Share of all steps with each flaw, e.g. {"malformed": 0.0, "repeated": 0.12, ...}."""
+    """Share of all steps with each flaw, e.g. {"malformed": 0.0, "repeated": 0.12, ...}; of those with any
+    ("flawed"); of inadmissible ones that are not the same command over again ("inadmissible_anew")."""
     steps = [step for episode in episodes for step in episode.steps]
-    return {name: sum(getattr(s, name) for s in steps) / max(1, len(steps)) for name in FLAWS}
+    found = {name: sum(getattr(s, name) for s in steps) / max(1, len(steps)) for name in (*FLAWS, "flawed")}
+    anew = sum(s.inadmissible and not s.repeated for s in steps)
+    return found | {"inadmissible_anew": anew / max(1, len(steps))}
 
 
 def digest(text):
