@@ -4,7 +4,7 @@ copy it.
     tokens of E episodes ──> transformer ──> hidden states (B, T, D)
         one to the left of a sampled token  ──> its log-probability and entropy      (N,)  for grpo_loss
         at the end of a question's branch   ──> log-probability of the true verdict  (Q,)  for generative_loss
-        at the last token of an action      ──> a linear head's value                (S,)  for value_head_loss
+        at the token that ends an action    ──> a linear head's value                (S,)  for value_head_loss
 
 One pass serves all three, so both classification losses send their gradient into the very trunk that chooses
 actions. A question about a step is a *branch*: it continues the episode right after that step, sees what the
@@ -33,12 +33,13 @@ def forward(model, sequences, sampled, temperature=1.0, branches=None, value_hea
         sampled: B lists of bools: True where the policy chose the token. Given tokens (prompts, observations)
             are read and never scored: here, and nowhere later, the mask is applied.
         temperature: of the sampling, so that the scored distribution is the one that was sampled from.
+            Verdicts are scored at 1.
         branches: B lists of (end, question ids, verdict ids): asked after tokens[:end]. None: no questions.
-        value_head: Linear(D, 1), read at the last token of each action; None: no values.
-        action_ends: B lists with the end of each step (its last token is one to the left).
-        entropy_grad: entropies with gradient, for a loss on them.
+        value_head: Linear(D, 1), read at the last token of each step, which ends its turn; None: no values.
+        action_ends: B lists with the end of each step: one past that token.
         head_layer: which hidden state the value head reads: 0 the embeddings, 1 after the first layer, ...,
             -1 the last.
+        entropy_grad: entropies with gradient, for a loss on them.
     Returns a dictionary of flat tensors, in the order episode, then position:
         logprobs (N,) with gradient and entropy (N,) of the sampled tokens;
         verdicts (Q,) log-probabilities of the true verdicts, verdict_logits (Q, V) for comparing two words

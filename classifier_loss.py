@@ -6,7 +6,7 @@ gradient that rewards an action where it is right no longer raises it where it i
 
     generative:  L_cls = - sum_i w_i log pi(verdict_i | prefix_i, a_i, question)    verdict tokens only   (5a)
     value head:  L_cls = - sum_i w_i log sigmoid(y_i v . h_i),   y = +1 good, -1 bad                      (5b)
-                 h: the hidden state at the last token of the action
+                 h: the hidden state at the token that ends the action's turn
 
 Both are weighted means over labelled steps, over the whole batch; both send their gradient into the shared
 trunk, which is the point. The paper never writes its loss down: weights and labels here are our reading,
@@ -44,13 +44,14 @@ def cells(labels, won=None):
 
     An outcome that shows one class alone is left out: there the label would be the outcome.
     """
-    outcomes = [torch.ones_like(labels, dtype=torch.bool)] if won is None else [won, ~won]
+    outcomes = [torch.ones_like(labels, dtype=torch.bool)] if won is None else [won.bool(), ~won.bool()]
     pairs = [((labels == GOOD) & outcome, (labels == BAD) & outcome) for outcome in outcomes]
     return [(good, bad) for good, bad in pairs if good.any() and bad.any()]
 
 
 def balanced_weights(labels, won=None):
-    """(S,) weights in which every cell (class x outcome) has the same total; they sum to 1, or are all 0.
+    """(S,) weights in which every cell (class x outcome) has the same total, and an outcome that shows one
+    class alone has none; they sum to 1, or are all 0.
 
     won: (S,) bool; None balances the classes over the whole batch (for labels that are the outcome).
     """
@@ -76,14 +77,14 @@ def choose_questions(labels, won, budget, generator=None):
 
 
 def generative_loss(verdict_logprobs, weights):
-    """Eq. (5a): (Q,) log pi(true verdict | prefix, action, question), summed over its tokens -> scalar; parts
-    add up."""
+    """Eq. (5a). verdict_logprobs: (Q,) log pi(true verdict | prefix, action, question), a verdict's tokens
+    summed already; weights: (Q,) -> scalar; losses of micro-batches add up."""
     return -(weights * verdict_logprobs).sum()
 
 
 def value_head_loss(values, labels, weights):
-    """Eq. (5b): binary cross-entropy of (S,) outputs of the head against (S,) labels -> scalar; parts add
-    up."""
+    """Eq. (5b): binary cross-entropy of (S,) outputs of the head against (S,) labels -> scalar; losses of
+    micro-batches add up."""
     losses = F.binary_cross_entropy_with_logits(values, (labels == GOOD).to(values.dtype), reduction="none")
     return (weights * losses).sum()
 

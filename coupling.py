@@ -18,7 +18,7 @@ test games), for each kind of flaw (rollout.FLAWS), for all flawed actions, and 
     leak  = mean_x [log pi(x; theta + eta D_u) - log pi(x; theta)] / eta    what reinforcing the rest does (2)
     own   = the same along D_f                     what punishing flaws does: it corrects where it is negative
     net   = leak + own              ratio = -leak / own: from 1 on the flaw grows. That is the danger zone,
-                                    rho > r' q' (1 - q') / (r q (1 - q)) of toy_bandit.py, in a real policy
+                                    rho > r' q' (1 - q') / (r_s q_s (1 - q_s)) of toy_bandit.py, in a real policy
     D     = G, or through Adam's second moments G / (sqrt(v) + 1e-8), which G has joined as in its step
 
 Units: nats per unit step, i.e. at a learning rate of 1, to first order: any rate scales them alike. All steps

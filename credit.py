@@ -227,8 +227,8 @@ def penalty(episodes, normalize_std=True, labels=None, size=0.28):
 
         A_t = z_group(R_i) - size 1{flawed}                                                       (7)
 
-    size: by how much adca's mean advantage of flawed steps was below GRPO's where the two were compared
-    (docs/experiment.md), so that flawed steps are punished as hard there and nothing is spread over time.
+    size: by how much adca's mean advantage of flawed steps (-0.55) lay below that of runs with GRPO's
+    advantages (-0.27, the generative arm of docs/experiment.md), so that both punish about as hard.
     """
     flawed = torch.tensor([float(step.flawed) for *_, step in steps_of(episodes)])                # (S,)
     return grpo(episodes, normalize_std) - size * flawed
@@ -239,13 +239,15 @@ def unflawed(episodes, normalize_std=True, labels=None):
 
         A_t = z_group(R_i) 1{not flawed}                                                          (8)
 
-    The weights of the tokens are not touched (grpo.token_weights), so G_u + G_f is GRPO's gradient.
+    The weights of the tokens are not touched (grpo.token_weights), so G_u + G_f is GRPO's gradient. The KL
+    term is not touched either: flawed steps keep it.
     """
     return grpo(episodes, normalize_std) - flawed(episodes, normalize_std)
 
 
 def flawed(episodes, normalize_std=True, labels=None):
-    """The other part, G_f: the flaws' own correction, and nothing that could leak.
+    """The other part, G_f: the flaws' own correction. It couples, too: into the same commands where they are
+    right; and flawed steps of won episodes are praised in it.
 
         A_t = z_group(R_i) 1{flawed}                                                              (9)
     """

@@ -5,7 +5,7 @@ here and no mask: tokens that were given (prompts, observations) are simply not 
 
     A_i = (R_i - mean(R)) / (std(R) + eps)                     over the group of episode i           (1)
     ratio_t = exp(log pi(t) - log pi_old(t))                                                         (2)
-    L = - sum_t w_t min(ratio_t A, clip(ratio_t, 1 - c, 1 + c) A)  +  kl_coef * sum_t w_t k3_t       (3)
+    L = - sum_t w_t min(ratio_t A_t, clip(ratio_t, 1 - c, 1 + c) A_t) + kl_coef * sum_t w_t k3_t       (3)
     k3_t = exp(d) - d - 1,   d = log pi_ref(t) - log pi(t)                                           (4)
 
 (1)-(3): Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), eqs. 3-4; (1) without std: Liu et al. 2025 (Dr.
@@ -13,9 +13,9 @@ GRPO, arXiv 2503.20783); (4): Schulman, "Approximating KL divergence". Departure
 weights w_t sum to one over the *whole batch*, not per micro-batch and not per episode, so the micro-batch
 size cannot change the gradient.
 
-Each group is used once: of an iteration's optimizer steps every one has groups of its own. In the first of
-them the policy is the one that sampled, so all ratios are 1 and nothing is clipped; the clip acts from the
-second step on.
+A_t is the advantage of the token's episode, or of its step. train.py uses each group in one optimizer step
+only: in the first of an iteration the policy is still the one that sampled, all ratios are 1 and nothing is
+clipped; the clip acts from the second on.
 
 >>> A, signal = group_advantages(torch.tensor([1., 0., 0., 0., 1., 1.]), torch.tensor([0, 0, 0, 0, 1, 1]))
 >>> [round(a, 3) for a in A.tolist()], signal.tolist()      # group 1 has no variance: no signal
@@ -94,8 +94,8 @@ def grpo_loss(logprobs, old_logprobs, advantages, weights, clip=0.2, ref_logprob
 
     Args:
         logprobs: (N,) log-probabilities under the current policy, with gradient.
-        old_logprobs: (N,) log-probabilities recorded in sampling, or recomputed by the trainer before the
-            first step.
+        old_logprobs: (N,) log-probabilities recorded in sampling; with `importance`, those that the trainer
+            computes before the first step (else the gap would be corrected twice).
         advantages: (N,) advantage of the episode (or step) that each token belongs to.
         weights: (N,) from `token_weights`; of a micro-batch, the slice of the whole batch's weights.
         clip: how far the ratio may move before the gradient stops.

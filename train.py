@@ -77,7 +77,8 @@ def train(args, run):
         batch.labels = batch.true_labels = LABELS[args.labels](batch, run)                      # (S,)
         batch.labels = CONTROLS[args.control](batch, seed)  # unchanged, but for a control of an experiment
 
-        # 4. Credit: other rules look at single steps; `grpo`, the default, gives the advantages above again.
+        # 4. Credit: rules that look at single steps; `grpo`, the default, gives the advantages of 2 again
+        #    (which `--labels outcome` has read).
         batch.advantages = CREDIT[args.credit](episodes, args.advantage == "std", batch.labels)  # (S,)
 
         # 5. Whole groups for each optimizer step, their weights, and what the reference says of their tokens.
@@ -90,7 +91,7 @@ def train(args, run):
         #    episodes would move the policy away from the one whose advantages these are.
         sums = []
         for i, part in enumerate(batches):
-            measured = not sums and iteration % args.norms_every == 1 % args.norms_every
+            measured = not sums and iteration % args.norms_every == 1 % args.norms_every  # 1, then every n-th
             apart = gradient_norms_apart(run, part, gradients) if measured else {}
             coef = classifier_coef(args, run, part, gradients, weigh, seed + i)                 # lambda
             sums.append(gradients(args, run, part, classifier_coef=coef) | apart)
@@ -142,7 +143,7 @@ def gradients(args, run, batch, grpo_coef=1.0, classifier_coef=None):
         out = forward(run.model, part.sequences, part.sampled, args.temperature,
                       branches=part.branches(run.question), value_head=run.value_head,
                       action_ends=part.action_ends, head_layer=args.head_layer, entropy_grad=args.epo > 0)
-        if not ours:  # weights are spread: another process counts this one, and waits for our share of them
+        if not ours:  # weights are spread: another process counts this one, but all must run its pass
             (0.0 * out["logprobs"].sum()).backward()
             continue
         loss, parts = grpo_loss(                                                                # eqs. 2-4

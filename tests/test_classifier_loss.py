@@ -24,6 +24,8 @@ def test_every_cell_weighs_the_same_and_one_class_alone_nothing():
     # labels by rules have no good step in a lost episode: there "bad" would only mean "lost"
     weights = balanced_weights(torch.tensor([1, 0, 0, 0]), torch.tensor([True, True, False, False]))
     assert weights.tolist() == [0.5, 0.5, 0, 0]
+    labels, won = torch.tensor([1, 1, 0, 1, 0]), torch.tensor([1, 1, 1, 0, 0])  # 0 and 1 in place of bools
+    assert torch.equal(balanced_weights(labels, won), balanced_weights(labels, won.bool()))
     assert balanced_weights(torch.tensor([1, 0, 0, 0])).tolist() == pytest.approx([1 / 2, 1 / 6, 1 / 6, 1 / 6])
     assert balanced_weights(torch.tensor([1, -1, 1]), torch.tensor([True] * 3)).tolist() == [0, 0, 0]
 
