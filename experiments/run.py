@@ -84,7 +84,8 @@ EXPERIMENTS = {
 PROGRAMS = {("no-leak", "no-leak"): "-m experiments.no_leak", ("no-leak", "watched"): "-m experiments.no_leak --keep-leak",
             ("no-leak", "watched-value"): "-m experiments.no_leak --keep-leak"}
 # experiment -> flags of evaluate.py for what its runs begin and end with: more games than train.py plays by the way.
-ENDS = {"classifier": [f"{ALFWORLD} --level L1 --count 400"], "parts": [f"{ALFWORLD} --level L1 --count 400"],
+ENDS = {"classifier": [f"{ALFWORLD} --level L1 --count 400"], "classifier-adam": [f"{ALFWORLD} --level L1 --count 400"],
+        "parts": [f"{ALFWORLD} --level L1 --count 400"],
         "unseen-types": [f"{ALFWORLD} --level L2 --count 400"],
         "no-leak": [f"{ALFWORLD} --level L1 --count 400"],
         "official": [f"--env alfworld --games official --level {level}" for level in ("L0", "L1")],  # 140 and 134 games
