@@ -225,15 +225,16 @@ def draw(rows, experiment, arms, baseline, path):
             axes[0].fill_between(range(1, length + 1), smooth.mean(0) - half, smooth.mean(0) + half, color=colors[k % 7], alpha=0.12)
         for when, x, face in ((f"{level} before", k - 0.15, "none"), (f"{level} after", k + 0.15, colors[k % 7])):
             values = [found[when] for found in seeds.values() if when in found]
-            axes[1].scatter([x] * len(values), values, marker=marks[k % 7] if face != "none" else "o", s=30,
-                            facecolors=face if marks[k % 7] != "x" or face == "none" else colors[k % 7], edgecolors=colors[k % 7])
+            mark = marks[k % 7] if face != "none" else "o"
+            edge = {} if mark == "x" else {"edgecolors": colors[k % 7]}  # a mark without an inside has no edge
+            axes[1].scatter([x] * len(values), values, marker=mark, s=30, facecolors=face, **edge)
             mean, half = mean_and_half(values)
             axes[1].errorbar([x + 0.12], [mean], [[0 if numpy.isnan(half) else half]] * 2, fmt="_", color=colors[k % 7], capsize=3)
     axes[0].set(xlabel="iteration", ylim=(0, None))
     axes[0].set_title("inadmissible + repeated, % of steps, in training\n(mean of 5 iterations; band: 95% t over seeds)", fontsize=10)
     axes[0].legend(fontsize=7, loc="lower left", ncol=3)
     axes[1].set(xticks=range(len(arms)), ylim=(0, 100))
-    axes[1].set_title(f"success on {level}, %\n(a mark a seed, hollow: where RL starts; bars: 95% t)", fontsize=10)
+    axes[1].set_title(f"success on {level}, %\n(a mark a seed, hollow: before; bars: 95% t)", fontsize=10)
     axes[1].set_xticklabels(arms, rotation=20, ha="right")
     others = [arm for arm in arms if arm != baseline and baseline in arms]
     for k, arm in enumerate(others):
@@ -259,14 +260,15 @@ def main():
     parser.add_argument("experiment", choices=list(EXPERIMENTS))
     parser.add_argument("--results", default=os.path.join(HERE, "results.jsonl"))
     parser.add_argument("--baseline", default="none", help="what the other arms are compared with")
-    parser.add_argument("--arms", nargs="+", help="these alone (default: all that have rows)")
+    parser.add_argument("--arms", nargs="+", help="these alone, in this order (default: all that have rows)")
     parser.add_argument("--beside", choices=list(EXPERIMENTS), help="another experiment on the same games: its arms join this one's")
     parser.add_argument("--out", help="picture to write")
     args = parser.parse_args()
     rows = [row for row in read_runs(args.results) if not args.arms or row["arm"] in args.arms]
     own = {row["arm"] for row in rows if row["experiment"] == args.experiment}
     rows = [{**row, "experiment": args.experiment} if row["experiment"] == args.beside and row["arm"] not in own else row for row in rows]
-    arms = by_arm(rows, args.experiment)
+    found = by_arm(rows, args.experiment)
+    arms = {arm: found[arm] for arm in args.arms or found if arm in found}  # in the order in which they were asked for
     if not arms:
         sys.exit(f"analyse.py: no rows of {args.experiment} in {args.results}: python experiments/run.py {args.experiment}")
     known = {outcome for seeds in arms.values() for found in seeds.values() for outcome in found}
