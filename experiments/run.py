@@ -50,6 +50,7 @@ EXPERIMENTS = {
         "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca",
         "stop-gradient": "--classifier value --control stop-gradient",
         "shuffled": "--classifier value --control shuffled", "generative": "--classifier generative",
+        "random-target": "--classifier value --control random-target",
         "warmed-up": f"--classifier none {NO_STEP}", "warmed-up-value": f"--classifier value {NO_STEP}"}, range(8)),
     # Place b: SmolLM2 from its light start, which experiments/smollm2_start.sh makes (its default folder). The same commands
     # on a GPU, with as many --seeds as it has time for; rows say where they were made. 1e-5 by the tuning rule, which neither rate passed well.
