@@ -93,6 +93,15 @@ def test_two_actions_are_malformed(chat):
     assert parse("<action>a</action><action>b</action>") is None and parse("<action></action>") is None and parse("go") is None
 
 
+def test_flaw_rates_by_hand():
+    """Five steps: refused, the same refused again, repeated but allowed, refused and malformed, unflawed."""
+    steps = [rollout.Step(0, 1, "a", **{name: True for name in flaws}) for flaws in (
+        ["inadmissible"], ["inadmissible", "repeated"], ["repeated"], ["inadmissible", "malformed"], [])]
+    found = rollout.flaw_rates([rollout.Episode(None, 0, steps=steps[:2]), rollout.Episode(None, 1, steps=steps[2:])])
+    assert found == pytest.approx({"malformed": 0.2, "inadmissible": 0.6, "no_effect": 0.0, "repeated": 0.4, "revisited": 0.0,
+                                   "flawed": 0.8, "inadmissible_anew": 0.4})
+
+
 def test_full_context_ends_an_episode_flagged(chat, pool):
     game = levels.generated_game("train", 0)
     first = len(chat.first_prompt(make_world("alfworld").reset(game).text))
