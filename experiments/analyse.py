@@ -48,11 +48,6 @@ def outcomes(row):
     found = {"coupled, training": training("inadmissible") + training("repeated"), "success, training": training("success")}
     for key, name in (*FLAWS, ("malformed", "malformed")):
         found[f"{name}, training"] = training(key)
-    measured = [one for one in row["training"] if "removed_own" in one]
-    if measured:  # no_leak.py: the leak in units of an advantage, and over minus what inadmissible actions had
-        found["100 R"] = 100 * sum(one["removed_leak"] for one in measured) / sum(one["removed_own"] for one in measured)
-        found["100 R / -A"] = -found["100 R"] / float(numpy.mean([one["advantage_inadmissible"] for one in measured]))
-        found["inadmissible and no repeat, training"] = training("inadmissible_anew")
     for when in ("before", "after"):
         for level, result in row[when].items():
             found[f"{level} {when}"] = 100 * result["success"]
@@ -284,8 +279,7 @@ def main():
     flaws = ["coupled, training", "coupled, L1 after - before"] + [f"{name}, L1 {when}" for _, name in FLAWS for when in ("before", "after")]
     flaws = [o for o in flaws if o in known]
     each = [f"{name}, training" for name in ("inadmissible", "repeated", "without effect", "malformed")]
-    each += [o for o in ("any flaw, L1 before", "any flaw, L1 after", "inadmissible of no repeats, L1 before", "inadmissible of no repeats, L1 after",
-                         "inadmissible and no repeat, training", "100 R", "100 R / -A") if o in known]
+    each += [o for o in ("any flaw, L1 before", "any flaw, L1 after", "inadmissible of no repeats, L1 before", "inadmissible of no repeats, L1 after") if o in known]
     print(f"{args.experiment}, % (each seed; mean ± half of the 95% t interval over seeds)\n\n"
           f"{table(arms, first, args.baseline)}\n\n{table(arms, flaws, args.baseline)}\n\n{table(arms, each, args.baseline)}")
     if "L1 before" in known:

@@ -69,9 +69,6 @@ EXPERIMENTS = {
         **{rule: f"--classifier none --credit {rule}" for rule in ("unflawed", "flawed", "penalty")},
         "unflawed-value": "--credit unflawed --classifier value",
         "unflawed-shuffled": "--credit unflawed --classifier value --control shuffled"}, range(8)),
-    # The leak measured at every update (`watched...`), and taken out of it (`no-leak`); the games of `classifier`.
-    "no-leak": (f"{ALFWORLD} --eval-games 0 --model policies/tiny-reads", {
-        "no-leak": "--classifier none", "watched": "--classifier none", "watched-value": "--classifier value"}, range(8)),
     # Hypothesis G's other half: RL on four kinds of task (1 to 4), success on the two it has not had (5 and 6).
     "unseen-types": (f"{ALFWORLD} --level L2 --eval-games 0 --model policies/tiny-reads", {
         "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca"}, range(6)),
@@ -79,16 +76,13 @@ EXPERIMENTS = {
     "official": ("--env alfworld --games official --eval-games 0 --model policies/tiny-official-careless --iterations 12", {
         "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca",
         "warmed-up": f"--classifier none {NO_STEP}", "warmed-up-value": f"--classifier value {NO_STEP}"}, range(3)),
+    # (rows `no-leak`: made by a program that is gone, commit 4b864fb; EXPERIMENTS.md, 2026-11-25)
     # (rows `generative-untaught`: `generative` before its warm-up was repaired; experiments/README.md, 2026-11-24)
 }
-# (experiment, arm) -> the program of its runs, where that is not train.py itself.
-PROGRAMS = {("no-leak", "no-leak"): "-m experiments.no_leak", ("no-leak", "watched"): "-m experiments.no_leak --keep-leak",
-            ("no-leak", "watched-value"): "-m experiments.no_leak --keep-leak"}
 # experiment -> flags of evaluate.py for what its runs begin and end with: more games than train.py plays by the way.
 ENDS = {"classifier": [f"{ALFWORLD} --level L1 --count 400"], "classifier-adam": [f"{ALFWORLD} --level L1 --count 400"],
         "parts": [f"{ALFWORLD} --level L1 --count 400"],
         "unseen-types": [f"{ALFWORLD} --level L2 --count 400"],
-        "no-leak": [f"{ALFWORLD} --level L1 --count 400"],
         "official": [f"--env alfworld --games official --level {level}" for level in ("L0", "L1")],  # 140 and 134 games
         "smollm2": [f"{SMOLLM2} --batch 40 --level {level} --count 200" for level in ("L1", "L2")]}
 # Starts that are not in the repository: what makes them.
@@ -98,7 +92,7 @@ MADE_BY = {"policies/cache-smollm2-start-2": "experiments/smollm2_start.sh (12 m
 KEPT = ("iteration", "success", "reward", "score", "steps", "inadmissible", "repeated", "no_effect", "malformed",
         "revisited", "flawed", "inadmissible_anew", "kl", "entropy", "grad_norm", "grad_norm_grpo", "grad_norm_classifier", "seconds_play",
         "seconds_update", "tokens")
-KEPT_PREFIXES = ("accuracy_", "advantage_", "probe", "removed_")
+KEPT_PREFIXES = ("accuracy_", "advantage_", "probe")
 COUPLING = ("leak_", "own_")  # of the iterations that --coupling-every measures, the start among them
 
 
@@ -225,11 +219,10 @@ def trained(folder, name, command, **about):
             file.write(commit())
     with open(note) as file:
         began = file.read()
-    program = PROGRAMS.get((about["experiment"], about["arm"]), "train.py")
-    print(f"{name}: python {program} {shlex.join(arguments)}", flush=True)
+    print(f"{name}: python train.py {shlex.join(arguments)}", flush=True)
     with open(os.path.join(folder, "log.txt"), "a") as log:
-        done = subprocess.run([sys.executable, *shlex.split(program), *arguments], stdout=log, stderr=log, cwd=ROOT)
-    row = row_of(folder, **about, commit=began, command=shlex.join(["python", *shlex.split(program), *command]), date=time.strftime("%Y-%m-%d"),
+        done = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *arguments], stdout=log, stderr=log, cwd=ROOT)
+    row = row_of(folder, **about, commit=began, command=shlex.join(["python", "train.py", *command]), date=time.strftime("%Y-%m-%d"),
                  cores=os.cpu_count(), threads=os.environ.get("OMP_NUM_THREADS"), gpu=gpu_of(folder))
     return None if done.returncode else row
 
