@@ -31,7 +31,7 @@ from experiments.analyse import mean_and_half
 from games.pool import EnvPool
 from support.coupling_report import kinds_of
 from support.coupling_run import as_run, checkpoint_moments, choose_games, collect, parse_arguments, prepare
-from support.logs import progress
+from support.logs import flaw_advantages, progress
 from support.setup import player
 
 KINDS = ("inadmissible", "anew", "repeated", "flawed", "good")  # anew: inadmissible, but no repeat
@@ -75,7 +75,8 @@ def measure(args, run, games, seed, v):
     if not first.advantages.any():
         return None
     (D, k), H = directions(args, run, first), targets(args, run, held_out, mask)
-    row = {"k": k, "success": sum(e.won for e in episodes) / len(episodes), "plain": effects(D, k, H)}
+    row = {"k": k, "success": sum(e.won for e in episodes) / len(episodes), "plain": effects(D, k, H),
+           **flaw_advantages(first.episodes, first.advantages)}
     if v:
         moments = v([sum(g) for g in zip(D["praise"], D["blame"], D["own"])])
         row["adam"] = effects(D, k, H, [1.0 / (m.sqrt() + 1e-8) for m in moments])
