@@ -15,17 +15,17 @@ of them the GRPO gradient, with the real advantages and token weights, is split 
 and a small step is taken along each part *alone*. How does log pi(action) change in the other half (or in
 test games), for each kind of flaw (rollout.FLAWS), for all flawed actions, and for good ones?
 
-    leak  = mean_x [log pi(x; theta + eta D_u) - log pi(x; theta)] / eta    what reinforcing the rest does (2)
+    leak  = mean_x [log pi(x; theta + eta D_u) - log pi(x; theta)] / eta    what is done to the rest       (2)
     own   = the same along D_f                     what punishing flaws does: it corrects where it is negative
-    net   = leak + own              ratio = -leak / own: from 1 on the flaw grows. That is the danger zone,
-                                    rho > r' q' (1 - q') / (r_s q_s (1 - q_s)) of toy_bandit.py, in a real policy
+    net   = leak + own, free of the advantages' baseline; the parts are not (experiments/leak_parts.py)
+    ratio = -leak / own             from 1 on (net > 0) the flaw grows. That is the danger zone,
+                              rho > r' q' (1 - q') / (r_s q_s (1 - q_s)) of toy_bandit.py, in a real policy
     D     = G, or through Adam's second moments G / (sqrt(v) + 1e-8), which G has joined as in its step
 
-Units: nats per unit step, i.e. at a learning rate of 1, to first order: any rate scales them alike. All steps
-go equally far, as far along the whole G as changes held-out log pi by --step nats (root mean square). Is that
-small enough? The additivity check compares leak + own with the change along the whole G. log pi(action) is
-the sum over the tokens between the action's tags (tags and end of turn couple trivially); of an answer
-without an action, over all its tokens. The classifier and the KL are left out: what GRPO alone would do.
+Units: nats per step at a learning rate of 1, to first order. All steps go equally far, as far along the whole
+G as changes held-out log pi by --step nats (root mean square); leak + own is compared with the change along
+the whole G (additivity). log pi(action) is the sum over the tokens between the action's tags (tags and end
+couple trivially), without an action over all of its answer's. Classifier and KL are left out.
 
 **Intervals.** One draw: bootstrap over both halves. The gradients are taken for --blocks blocks of whole
 groups apart, and the change adds up over blocks, so that a resample draws blocks from the first half and,
