@@ -91,7 +91,7 @@ def table(rows, rule):
         cells = []
         for name in names:
             mean, half = mean_and_half([row[rule][kind][name] for row in rows if kind in row[rule]])
-            cells.append(f"{mean:+.3f} ({mean - half:+.3f}, {mean + half:+.3f})")
+            cells.append(f"{mean:+.3f}" + (f" ({mean - half:+.3f}, {mean + half:+.3f})" if half == half else ""))  # nan: one draw
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
