@@ -179,7 +179,8 @@ def table(result):
         lines.append(f"{line} {row['steps']:6.1f}")
     line = "share of steps: " + ", ".join(f"{name} {100 * result[name]:.1f}%" for name in FLAWS)
     if "flawed" in result:  # not in files of before 2026-11-25
-        line += f"; any {100 * result['flawed']:.1f}%, inadmissible and no repeat {100 * result['inadmissible_anew']:.1f}%"
+        line += f"; any {100 * result['flawed']:.1f}%"
+        line += f", inadmissible and no repeat {100 * result['inadmissible_anew']:.1f}%"
     lines.append(line)
     if result["truncated"]:
         lines.append(f"{result['truncated']} episodes ended because the context was full")
