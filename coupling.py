@@ -17,7 +17,7 @@ test games), for each kind of flaw (rollout.FLAWS), for all flawed actions, and 
 
     leak  = mean_x [log pi(x; theta + eta D_u) - log pi(x; theta)] / eta    what is done to the rest       (2)
     own   = the same along D_f                     what punishing flaws does: it corrects where it is negative
-    net   = leak + own, free of the advantages' baseline; the parts are not (experiments/leak_parts.py)
+    net   = leak + own: a constant added to all A changes the parts, not it (experiments/leak_parts.py)
     ratio = -leak / own             from 1 on (net > 0) the flaw grows. That is the danger zone,
                               rho > r' q' (1 - q') / (r_s q_s (1 - q_s)) of toy_bandit.py, in a real policy
     D     = G, or through Adam's second moments G / (sqrt(v) + 1e-8), which G has joined as in its step

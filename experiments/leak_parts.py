@@ -22,6 +22,7 @@ checkpoint has Adam's moments the same through them, as its step divides (coupli
 import json
 import os
 import sys
+from collections import defaultdict
 from dataclasses import replace
 
 import torch
@@ -31,7 +32,7 @@ from experiments.analyse import mean_and_half
 from games.pool import EnvPool
 from support.coupling_report import kinds_of
 from support.coupling_run import as_run, checkpoint_moments, choose_games, collect, parse_arguments, prepare
-from support.logs import flaw_advantages, progress
+from support.logs import progress
 from support.setup import player
 
 KINDS = ("inadmissible", "anew", "repeated", "flawed", "good")  # anew: inadmissible, but no repeat
@@ -45,6 +46,27 @@ def directions(args, run, batch):
     return {"praise": ascent(args, run, batch, ~flawed & (A > 0)), "blame": ascent(args, run, batch, ~flawed & (A < 0)),
             "own": ascent(args, run, batch, flawed), "U_1": ascent(args, run, ones, ~flawed),
             "F_1": ascent(args, run, ones, flawed)}, -float((batch.token_weights * A).sum())
+
+
+def punished(batch):
+    """How much less advantage inadmissible steps have than unflawed ones: (over all steps; between steps that begin in the same
+    state of the same game; the same of inadmissible steps that are no repeat).
+
+    Where things go wrong flaws are commoner, so the first number also says *where* they are taken. Of a state both kinds must
+    be there; it weighs as many times as it has inadmissible steps. nan where there is none."""
+    steps = [(A, (episode.group, step.state), step) for A, (episode, step) in zip(
+        batch.advantages.tolist(), ((episode, step) for episode in batch.episodes for step in episode.steps))]
+    mean = lambda values: sum(values) / len(values) if values else float("nan")
+    bad = lambda step: step.inadmissible
+    anew = lambda step: step.inadmissible and not step.repeated
+    overall = mean([A for A, _, step in steps if bad(step)]) - mean([A for A, _, step in steps if not step.flawed])
+    found, right = [overall], defaultdict(list)
+    for A, state, step in steps:
+        if not step.flawed:
+            right[state].append(A)
+    for kind in (bad, anew):
+        found.append(mean([A - mean(right[state]) for A, state, step in steps if kind(step) and state in right]))
+    return tuple(found)
 
 
 def targets(args, run, held_out, mask):
@@ -76,7 +98,7 @@ def measure(args, run, games, seed, v):
         return None
     (D, k), H = directions(args, run, first), targets(args, run, held_out, mask)
     row = {"k": k, "success": sum(e.won for e in episodes) / len(episodes), "plain": effects(D, k, H),
-           **flaw_advantages(first.episodes, first.advantages)}
+           "punished": punished(first)}
     if v:
         moments = v([sum(g) for g in zip(D["praise"], D["blame"], D["own"])])
         row["adam"] = effects(D, k, H, [1.0 / (m.sqrt() + 1e-8) for m in moments])
