@@ -122,8 +122,10 @@ def main():
     args = parse_arguments()
     try:
         games = choose_games(args)
+        if not args.draws:
+            raise ValueError("--draws must be at least 1")
         os.makedirs(args.out, exist_ok=True)
-        count, every = len(games) // args.draws, {}
+        count = len(games) // args.draws
         with EnvPool(args.workers) as pool, open(os.path.join(args.out, "leak-parts.jsonl"), "a") as file:
             for folder in args.model:
                 engine, chat = player(args, folder)
@@ -137,7 +139,8 @@ def main():
                             rows.append({"model": folder, "draw": draw, "seed": args.seed, "episodes": args.episodes} | row)
                             file.write(json.dumps(rows[-1]) + "\n")
                             file.flush()
-                every[folder] = rows
+                if not rows:
+                    print(f"{folder}: no draw has a gradient, all episodes of a group have one reward: take more --episodes", flush=True)
                 for rule in ("plain", "adam") if rows and "adam" in rows[0] else ("plain",) if rows else ():
                     print(f"{folder}, {len(rows)} draws, k {sum(row['k'] for row in rows) / len(rows):+.3f}\n\n{table(rows, rule)}\n", flush=True)
     except (OSError, ValueError) as error:
