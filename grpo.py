@@ -5,7 +5,7 @@ here and no mask: tokens that were given (prompts, observations) are simply not 
 
     A_i = (R_i - mean(R)) / (std(R) + eps)                     over the group of episode i           (1)
     ratio_t = exp(log pi(t) - log pi_old(t))                                                         (2)
-    L = - sum_t w_t min(ratio_t A_t, clip(ratio_t, 1 - c, 1 + c) A_t) + kl_coef * sum_t w_t k3_t       (3)
+    L = - sum_t w_t min(ratio_t A_t, clip(ratio_t, 1 - c, 1 + c) A_t) + kl_coef * sum_t w_t k3_t     (3)
     k3_t = exp(d) - d - 1,   d = log pi_ref(t) - log pi(t)                                           (4)
 
 (1)-(3): Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), eqs. 3-4; (1) without std: Liu et al. 2025 (Dr.

@@ -139,6 +139,9 @@ def main():
                             rows.append({"model": folder, "draw": draw, "seed": args.seed, "episodes": args.episodes} | row)
                             file.write(json.dumps(rows[-1]) + "\n")
                             file.flush()
+                for i, what in enumerate(("over all steps", "in the same state", "in the same state, no repeats") if rows else ()):
+                    mean, half = mean_and_half([row["punished"][i] for row in rows])
+                    print(f"{folder}: advantage of inadmissible minus unflawed steps, {what}: {mean:+.3f} (half width {half:.3f})", flush=True)
                 if not rows:
                     print(f"{folder}: no draw has a gradient, all episodes of a group have one reward: take more --episodes", flush=True)
                 for rule in ("plain", "adam") if rows and "adam" in rows[0] else ("plain",) if rows else ():
