@@ -5,10 +5,13 @@ texts of the games, a ChatML template. Every other file treats it exactly as it 
 """
 
 import errno
+import functools
 import json
 import math
 import os
 import shutil
+import sys
+import time
 
 import torch
 
@@ -158,12 +161,37 @@ def add_lora(model, rank):
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear"))
 
 
+@functools.cache  # said once
+def note_slow_bfloat16():
+    """A line where a matrix product in bfloat16 takes much longer than in float32 on this processor; returns how many
+    times as long, on one thread.
+
+    Below 1 with AMX or AVX-512 BF16. With AVX2 alone, as on most laptops, torch has no fast path: 30 to 60 was measured.
+    """
+    threads, seconds = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        a @ b  # the first one also sets up
+        clock = time.perf_counter()
+        a @ b
+        seconds[dtype] = time.perf_counter() - clock
+    torch.set_num_threads(threads)
+    slower = seconds[torch.bfloat16] / seconds[torch.float32]
+    if slower > 4:
+        print(f"note: products in bfloat16 take {slower:.0f} times as long as in float32 on this processor (no AMX, no "
+              "AVX-512 BF16): leave --precision bfloat16 out", file=sys.stderr, flush=True)
+    return slower
+
+
 def compute_in_bfloat16(model):
     """Matrix products in bfloat16, weights and their updates in float32: at a rate of 1e-6 bfloat16 would round most
     updates away. In place."""
     for part in (model.get_decoder(), model.get_output_embeddings()):
         device = next(part.parameters()).device.type
         part.forward = torch.autocast(device, dtype=torch.bfloat16)(part.forward)
+    if device == "cpu":
+        note_slow_bfloat16()
 
 
 def trainable(folder, device="cpu", half=False, lora_rank=0, gradient_checkpointing=False, with_reference=True, seed=0,

@@ -101,6 +101,19 @@ def test_gradient_checkpointing_leaves_the_update_as_it_is(folder, episodes):
     assert all(torch.allclose(results[0][n], results[1][n], atol=1e-6) for n in results[0])
 
 
+@pytest.mark.parametrize("half_seconds, said", [(1, False), (60, True)])
+def test_where_bfloat16_is_slow_one_line_says_so(monkeypatch, capsys, half_seconds, said):
+    clock = iter([0, 1, 10, 10 + half_seconds])  # around the product in float32, then around that in bfloat16
+    monkeypatch.setattr("support.policies.time.perf_counter", lambda: next(clock))
+    policies.note_slow_bfloat16.cache_clear()
+    threads = torch.get_num_threads()
+    try:
+        assert policies.note_slow_bfloat16() == policies.note_slow_bfloat16() == half_seconds
+    finally:
+        policies.note_slow_bfloat16.cache_clear()  # the next one measures
+    assert capsys.readouterr().err.count("leave --precision bfloat16 out") == said and torch.get_num_threads() == threads
+
+
 def test_half_precision_computes_in_bfloat16_and_keeps_weights_in_float32(folder, episodes):
     full, *_ = policies.trainable(folder, with_reference=False)
     half, *_ = policies.trainable(folder, half=True, with_reference=False)
