@@ -131,9 +131,9 @@ def list_games(env="alfworld", split="train", games="auto", task_types=None, cou
         if wanted == list(TASK_TYPES):
             numbers = range(count or GENERATED_COUNT[split])
             return LazyGames(split, numbers)
-        found = (generated_game(split, seed) for seed in range(GENERATED_COUNT[split]))
         limit = count or min(GENERATED_COUNT[split], 2000)
-        return list(islice((g for g in islice(found, 20 * limit) if g.task_type in wanted), limit))
+        seeds = range(20 * limit if count else GENERATED_COUNT[split])  # the rarest kind is one house in nine
+        return list(islice((g for g in (generated_game(split, seed) for seed in seeds) if g.task_type in wanted), limit))
     root = official_folder()
     paths = sorted(os.path.join(folder, "game.tw-pddl") for folder, _, files in os.walk(os.path.join(root, split))
                    if "game.tw-pddl" in files)

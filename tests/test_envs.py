@@ -30,6 +30,14 @@ def test_every_generated_game_is_won_by_the_expert(pool, request):
         assert sum(len(turns) <= 20 for _, turns, _ in results) >= 0.98 * count
 
 
+def test_as_many_generated_games_of_a_kind_as_asked_for():
+    """L2's test has two kinds of task: `--count 400` is 400 such houses, the first of them those that no count gives."""
+    usual = levels.level_games("alfworld", "L2", "test", "generated")
+    more = levels.level_games("alfworld", "L2", "test", "generated", count=400)
+    assert len(more) == len({game.name for game in more}) == 400 and more[:len(usual)] == usual
+    assert {levels.TASK_TYPES[game.task_type] for game in more} == {5, 6}
+
+
 def pairs_and_layout(problem):
     kind = {}
     for line in problem.splitlines():
