@@ -276,14 +276,15 @@ def main():
         sys.exit(f"analyse.py: no rows of {args.experiment} in {args.results}: python experiments/run.py {args.experiment}")
     known = {outcome for seeds in arms.values() for found in seeds.values() for outcome in found}
     first = [o for o in ("L1 before", "L1 after", "L2 before", "L2 after", "L0 after", "success, training") if o in known]
-    flaws = ["coupled, training", "coupled, L1 after - before"] + [f"{name}, L1 {when}" for _, name in FLAWS for when in ("before", "after")]
+    level = next((name for name in ("L1", "L2", "L0") if f"{name} before" in known), None)  # of which flaws are told, too
+    flaws = ["coupled, training", f"coupled, {level} after - before"] + [f"{name}, {level} {when}" for _, name in FLAWS for when in ("before", "after")]
     flaws = [o for o in flaws if o in known]
     each = [f"{name}, training" for name in ("inadmissible", "repeated", "without effect", "malformed")]
-    each += [o for o in ("any flaw, L1 before", "any flaw, L1 after", "inadmissible of no repeats, L1 before", "inadmissible of no repeats, L1 after") if o in known]
+    each += [o for name in ("any flaw", "inadmissible of no repeats") for when in ("before", "after") if (o := f"{name}, {level} {when}") in known]
     print(f"{args.experiment}, % (each seed; mean ± half of the 95% t interval over seeds)\n\n"
           f"{table(arms, first, args.baseline)}\n\n{table(arms, flaws, args.baseline)}\n\n{table(arms, each, args.baseline)}")
-    if "L1 before" in known:
-        print(f"\n{per_episode(rows, args.experiment, args.baseline)}")
+    if level:
+        print(f"\n{per_episode(rows, args.experiment, args.baseline, level)}")
     gains = by_game(rows, args.experiment)
     print(f"\nSuccess on all of its test games, %; 95% intervals over games, paired (of one policy each, not over seeds)\n\n{gains}" if gains else "", end="\n")
     coupling = coupling_table(rows, args.experiment, args.baseline)
