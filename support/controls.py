@@ -6,7 +6,9 @@
     per-text       a random label fixed per action text: can be learnt by heart from the action alone, says nothing of
                    whether it is right here
     random-target  a coin for every step, drawn anew each time, and lambda such that the trunk's gradient has the norm that
-                   the true labels would give it: an equal disturbance of the trunk without anything to learn
+                   the true labels would give it through the same head: a disturbance without anything to learn. Not as
+                   large as the true labels' own, since coins leave the head untaught: measured, a tenth of it
+                   (EXPERIMENTS.md, 2026-11-25)
 
 The fifth control, the same labels in the advantage (ADCA), is a credit rule: credit.py.
 """
