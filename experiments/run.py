@@ -71,7 +71,8 @@ EXPERIMENTS = {
         "unflawed-shuffled": "--credit unflawed --classifier value --control shuffled"}, range(8)),
     # Hypothesis G's other half: RL on four kinds of task (1 to 4), success on the two it has not had (5 and 6).
     "unseen-types": (f"{ALFWORLD} --level L2 --eval-games 0 --model policies/tiny-reads", {
-        "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca"}, range(6)),
+        "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca",
+        "warmed-up": f"--classifier none {NO_STEP}", "warmed-up-value": f"--classifier value {NO_STEP}"}, range(6)),
     # Place d: ALFWorld's own games, from a policy that learnt from careless expert episodes in its training games.
     "official": ("--env alfworld --games official --eval-games 0 --model policies/tiny-official-careless --iterations 12", {
         "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca",
