@@ -101,9 +101,10 @@ def test_gradient_checkpointing_leaves_the_update_as_it_is(folder, episodes):
     assert all(torch.allclose(results[0][n], results[1][n], atol=1e-6) for n in results[0])
 
 
-@pytest.mark.parametrize("half_seconds, said", [(1, False), (60, True)])
+@pytest.mark.parametrize("half_seconds, said", [(1, False), (60, True)])  # of the quickest of three
 def test_where_bfloat16_is_slow_one_line_says_so(monkeypatch, capsys, half_seconds, said):
-    clock = iter([0, 1, 10, 10 + half_seconds])  # around the product in float32, then around that in bfloat16
+    products = [90, 1, 1] + [90, half_seconds, 90]  # seconds: in float32, then in bfloat16; one was interrupted
+    clock = iter([time for seconds in products for time in (10, 10 + seconds)])
     monkeypatch.setattr("support.policies.time.perf_counter", lambda: next(clock))
     policies.note_slow_bfloat16.cache_clear()
     threads = torch.get_num_threads()
