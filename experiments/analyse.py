@@ -217,6 +217,7 @@ def draw(rows, experiment, arms, baseline, path):
     colors, marks = ARM_COLORS, "osv^Dx*"
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.3), constrained_layout=True)
     level = next((name for name in ("L1", "L2", "L0") if all(f"{name} after" in f for a in arms.values() for f in a.values())), None)
+    success = f"{level} after" if level else "success, training"  # of runs that were not evaluated
     for k, (arm, seeds) in enumerate(arms.items()):
         runs = [row["training"] for row in rows if row["experiment"] == experiment and row["arm"] == arm]
         length = min(map(len, runs))
@@ -226,8 +227,10 @@ def draw(rows, experiment, arms, baseline, path):
         if len(runs) > 1:
             half = stats.t.ppf(0.975, len(runs) - 1) * smooth.std(0, ddof=1) / len(runs) ** 0.5
             axes[0].fill_between(range(1, length + 1), smooth.mean(0) - half, smooth.mean(0) + half, color=colors[k % 7], alpha=0.12)
-        for when, x, face in ((f"{level} before", k - 0.15, "none"), (f"{level} after", k + 0.15, colors[k % 7])):
+        for when, x, face in ((f"{level} before", k - 0.15, "none"), (success, k + 0.15, colors[k % 7])):
             values = [found[when] for found in seeds.values() if when in found]
+            if not values:
+                continue
             mark = marks[k % 7] if face != "none" else "o"
             edge = {} if mark == "x" else {"edgecolors": colors[k % 7]}  # a mark without an inside has no edge
             axes[1].scatter([x] * len(values), values, marker=mark, s=30, facecolors=face, **edge)
@@ -237,17 +240,17 @@ def draw(rows, experiment, arms, baseline, path):
     axes[0].set_title("inadmissible + repeated, % of steps, in training\n(mean of 5 iterations; band: 95% t over seeds)", fontsize=10)
     axes[0].legend(fontsize=7, loc="lower left", ncol=3)
     axes[1].set(xticks=range(len(arms)), ylim=(0, 100))
-    axes[1].set_title(f"success on {level}, %\n(a mark a seed, hollow: before; bars: 95% t)", fontsize=10)
+    axes[1].set_title(f"success {f'on {level}' if level else 'in training'}, %\n(a mark a seed{', hollow: before' * bool(level)}; bars: 95% t)", fontsize=10)
     axes[1].set_xticklabels(arms, rotation=20, ha="right")
     others = [arm for arm in arms if arm != baseline and baseline in arms]
     for k, arm in enumerate(others):
-        for shift, outcome, mark in ((-0.15, f"{level} after", "o"), (0.15, "coupled, training", "s")):
+        for shift, outcome, mark in ((-0.15, success, "o"), (0.15, "coupled, training", "s")):
             values = paired(arms[arm], arms[baseline], outcome)
             axes[2].scatter([k + shift] * len(values), values, marker=mark, s=25, facecolors="none", edgecolors="grey")
             mean, half = mean_and_half(values)
             axes[2].errorbar([k + shift + 0.08], [mean], [[0 if numpy.isnan(half) else half]] * 2, fmt=mark, capsize=4, ms=5,
                              color="#0072B2" if mark == "o" else "#D55E00",
-                             label=("success" if mark == "o" else "coupled flaws, training") if k == 0 else None)
+                             label=("success" + ", training" * (not level) if mark == "o" else "coupled flaws, training") if k == 0 else None)
     axes[2].axhline(0, color="grey", lw=0.8)
     axes[2].set(xticks=range(len(others)), xlim=(-0.6, len(others) - 0.4))
     axes[2].set_title(f"minus {baseline}, points, paired by seed\n(grey: a seed; bars: 95% t)", fontsize=10)

@@ -130,6 +130,22 @@ def test_flaws_per_episode_are_share_times_steps_and_paired_by_seed():
     assert "| value - none, 1 pairs | inadmissible |  |  | 5.00 |" in text and "| (steps) |  |  | 2.00 |" in text
 
 
+def test_a_picture_of_runs_that_were_not_evaluated_shows_their_success_in_training(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+    from matplotlib.collections import PathCollection
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    one = lambda success: {"inadmissible": 0.2, "repeated": 0.1, "success": success}
+    rows = [{"experiment": "smollm2", "arm": arm, "seed": seed, "before": {}, "after": {}, "training": [one(start + gain), one(start + gain + 0.2)]}
+            for arm, gain in (("none", 0.0), ("value", 0.3)) for seed, start in enumerate((0.1, 0.25))]
+    analyse.draw(rows, "smollm2", analyse.by_arm(rows, "smollm2"), "none", str(tmp_path / "runs.png"))
+    (figure,), dots = drawn, lambda axis: [[round(float(y), 6) for _, y in marks.get_offsets()]
+                                           for marks in axis.collections if isinstance(marks, PathCollection)]
+    assert dots(figure.axes[1]) == [[20.0, 35.0], [50.0, 65.0]]
+    assert dots(figure.axes[2]) == [[30.0, 30.0], [0.0, 0.0]]  # paired by seed
+    assert all("in training" in figure.axes[k].get_title() for k in (0, 1)) and (tmp_path / "runs.png").stat().st_size > 1000
+
+
 def test_gains_are_paired_by_game_over_all_levels():
     won = lambda before, after: {"before": {k: {"won_by_game": v} for k, v in before.items()},
                                  "after": {k: {"won_by_game": v} for k, v in after.items()}}
