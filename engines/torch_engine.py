@@ -75,7 +75,7 @@ class TorchEngine:
         answers = self.generate(list(asked), list(asked.values()))
         return [(row, *answer) for row, answer in zip(asked, answers)]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, rows, sequences):
         """Continue conversations until each has ended its turn.
 
@@ -86,9 +86,7 @@ class TorchEngine:
         """
         self.model.eval()
         asked = dict(zip(rows, sequences))
-        # In bfloat16 each pass would cast all weights again. An autocast context around them keeps the casts
-        # until the answers are there (two bytes a weight; inference_mode would switch that off).
-        with self._own_attention(), torch.autocast(self.device.type, enabled=False):
+        with self._own_attention():
             hidden = self._begin(asked) if self.cache is None else self._go_on(asked)           # (R, D)
             return self._answer(hidden, rows)
 
