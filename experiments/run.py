@@ -54,7 +54,10 @@ EXPERIMENTS = {
         "warmed-up": f"--classifier none {NO_STEP}", "warmed-up-value": f"--classifier value {NO_STEP}"}, range(8)),
     # Place b: SmolLM2 from its light start, which experiments/smollm2_start.sh makes (its default folder). The same commands
     # on a GPU, with as many --seeds as it has time for; rows say where they were made. 1e-5 by the tuning rule, which neither rate passed well.
-    "smollm2-tuning": (LIGHT_START, {f"none-{lr}": f"--classifier none --lr {lr}" for lr in ("1e-5", "3e-5", "1e-4")}, range(100, 101)),
+    "smollm2-tuning": (LIGHT_START, {
+        **{f"none-{lr}": f"--classifier none --lr {lr}" for lr in ("1e-5", "3e-5", "1e-4")},
+        **{f"{name}-24": f"--classifier none --lr-end 1 --iterations 24 {flags}"  # twice as long, at a constant rate
+           for name, flags in {"lora": "--lr 1e-4 --lora-rank 16", "all": "--lr 1e-5"}.items()}}, range(100, 101)),
     "smollm2": (f"{LIGHT_START} --lr 1e-5", {
         "none": "--classifier none", "value": "--classifier value", "generative": "--classifier generative",
         "adca": "--classifier none --credit adca", "stop-gradient": "--classifier value --control stop-gradient",
