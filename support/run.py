@@ -232,6 +232,7 @@ def finish_iteration(run, iteration, episodes, report, sums, row, minutes_left):
                 report_run(run, iteration, episodes, summarize(episodes))
     run.accelerator.wait_for_everyone()
     if last:
+        run.accelerator.end_training()  # gloo's threads, still at work when Python shuts down, can abort a finished run
         if run.board:
             run.board.close()
         print(f"curves: {args.out}/curves.png; report: {args.out}/report.html; policy: {checkpoints(args.out)[-1]}")

@@ -33,6 +33,7 @@ stats = update(model, head, optimizer, batch, question, kl_coef=0.0, classifier_
 weights = whole(model.state_dict())
 if accelerator.process_index == 1:  # not the first: all must arrive at the same weights
     torch.save((weights, head.state_dict(), stats), sys.argv[1] + ".out")
+accelerator.end_training()
 """
 
 
@@ -133,6 +134,7 @@ assert calls == (["died", "load"] if rank else []), calls
 assert [e.group for e in episodes] == [0, 1]
 assert report == {"seconds_sample": 2.0, "seconds_env": 2.0, "bad_games": ["x"], "worker_restarts": 2}
 print("fine", rank)
+accelerator.end_training()  # without it gloo's threads abort one run in many while Python shuts down
 """
 
 
