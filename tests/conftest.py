@@ -1,4 +1,4 @@
-"""Shared pieces: a small random policy with a real tokenizer, and pytest's one option."""
+"""Shared pieces: a small random policy with a real tokenizer, and pytest's two options."""
 
 import os
 import sys
@@ -17,9 +17,11 @@ from engines import torch_engine  # noqa: E402
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", "--all-games", action="store_true",
-                     help="also what takes minutes: every task and every official validation game beside the "
-                     "stock packages, each way in which a process may die, runs compared bit for bit")
+    parser.addoption("--long", action="store_true",
+                     help="also what takes minutes: every ScienceWorld task and 35 official games beside the stock "
+                     "packages, each way in which a process may die, runs compared bit for bit")
+    parser.addoption("--all-games", action="store_true",
+                     help="all 274 official validation games beside stock ALFWorld, which takes seconds for each")
 
 
 def pytest_configure(config):

@@ -89,10 +89,11 @@ def test_generated_games_play_as_in_stock_alfworld(request):
 
 @pytest.mark.skipif(not OFFICIAL, reason="needs the official ALFWorld games (set ALFWORLD_DATA)")
 def test_official_games_play_as_in_stock_alfworld(request):
-    """All 274 validation games with --long, every 40th otherwise (stock ALFWorld takes seconds for each)."""
+    """Every 40th of the 274 validation games, every 8th with --long, all with --all-games (stock takes seconds for each)."""
     games = levels.list_games("alfworld", "valid_seen", "official") + levels.list_games("alfworld", "valid_unseen", "official")
     assert len(games) == 274 and games == sorted(games[:140]) + sorted(games[140:])
-    replay(games if request.config.getoption("--long") else games[::40])
+    option = request.config.getoption
+    replay(games[::1 if option("--all-games") else 8 if option("--long") else 40])
 
 
 @pytest.mark.skipif(not OFFICIAL, reason="needs the official ALFWorld games (set ALFWORLD_DATA)")
