@@ -72,7 +72,8 @@ EXPERIMENTS = {
         **{rule: f"--classifier none --credit {rule}" for rule in ("unflawed", "flawed", "penalty")},
         "unflawed-value": "--credit unflawed --classifier value",
         "unflawed-shuffled": "--credit unflawed --classifier value --control shuffled",
-        "value-0.05": "--classifier value --classifier-coef 0.05"}, range(8)),  # a sixth of `classifier`'s lambda
+        # a sixth of `classifier`'s lambda; none of it: L_cls in the supervised updates before RL alone
+        "value-0.05": "--classifier value --classifier-coef 0.05", "value-0": "--classifier value --classifier-coef 0"}, range(8)),
     # Hypothesis G's other half: RL on four kinds of task (1 to 4), success on the two it has not had (5 and 6).
     "unseen-types": (f"{ALFWORLD} --level L2 --eval-games 0 --model policies/tiny-reads", {
         "none": "--classifier none", "value": "--classifier value", "adca": "--classifier none --credit adca",
