@@ -235,4 +235,4 @@ def finish_iteration(run, iteration, episodes, report, sums, row, minutes_left):
         run.accelerator.end_training()  # gloo's threads, still at work when Python shuts down, can abort a finished run
         if run.board:
             run.board.close()
-        print(f"curves: {args.out}/curves.png; report: {args.out}/report.html; policy: {checkpoints(args.out)[-1]}")
+        print(f"curves: {args.out}/curves.png; report: {args.out}/report.html; policy: {args.out}/{checkpoints(args.out)[-1]}")
